@@ -1,0 +1,32 @@
+// Vector loops over float32, float64, float16 and bfloat16. They are plain loops that the compiler
+// vectorizes; on x86-64 Linux each is compiled for several instruction sets and chosen when it is loaded,
+// so that one wheel serves every machine.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MEMKERN_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
+#else
+#define MEMKERN_CLONES
+#endif
+
+namespace memkern {
+
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+
+void multiply(const float* in, float factor, float* out, int64_t n);
+void multiply(const double* in, float factor, double* out, int64_t n);
+void multiply(const Half* in, float factor, Half* out, int64_t n);
+void multiply(const BFloat16* in, float factor, BFloat16* out, int64_t n);
+
+void add(const float* a, const float* b, float* out, int64_t n);
+void add(const double* a, const double* b, double* out, int64_t n);
+void add(const Half* a, const Half* b, Half* out, int64_t n);
+void add(const BFloat16* a, const BFloat16* b, BFloat16* out, int64_t n);
+
+}  // namespace memkern

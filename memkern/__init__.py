@@ -1,0 +1,40 @@
+"""memkern: stops Stable Diffusion from returning its training images.
+
+    import memkern
+    memkern.patch(pipe)
+
+The method is that of Kim & No, "Memorization in Stable Diffusion is unexpectedly driven by CLIP embeddings"
+(arXiv 2605.02908). Data flows one way: ids → roles → policy → plan → embeddings → image.
+"""
+
+from . import ops
+from .embeddings import apply_policy
+from .errors import UnmitigatedError, UnmitigatedWarning
+from .info import info
+from .pipelines import Patch, patch, patched, status, unpatch
+from .plan import Plan, lower
+from .policy import Edit, Policy
+from .presets import PRESETS
+from .roles import Role, token_roles
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Edit",
+    "Patch",
+    "Plan",
+    "Policy",
+    "Role",
+    "UnmitigatedError",
+    "UnmitigatedWarning",
+    "apply_policy",
+    "info",
+    "lower",
+    "ops",
+    "patch",
+    "patched",
+    "status",
+    "token_roles",
+    "unpatch",
+]

@@ -1,0 +1,41 @@
+"""A labelled grid of pictures as one PNG: a row per prompt, a column per setting."""
+
+from __future__ import annotations
+
+import textwrap
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 12
+MIN_CELL = 160
+FONT_SIZE = 15
+
+
+def draw_grid(images: list[list[Image.Image]], rows: list[str], columns: list[str]) -> Image.Image:
+    """Arrange `images[row][column]` under their labels.
+
+    Args:
+        images: pictures of one size; small ones are enlarged without smoothing.
+        rows: a label per row, wrapped in the left margin.
+        columns: a label per column.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    scale = max(1, -(-MIN_CELL // images[0][0].width))
+    width, height = images[0][0].width * scale, images[0][0].height * scale
+    head = FONT_SIZE * (1 + max(label.count("\n") + 1 for label in columns)) + MARGIN
+    left = 220
+    canvas = Image.new(
+        "RGB",
+        (left + len(columns) * (width + MARGIN), head + len(rows) * (height + MARGIN)),
+        "white",
+    )
+    draw = ImageDraw.Draw(canvas)
+    for column, label in enumerate(columns):
+        draw.text((left + column * (width + MARGIN), MARGIN), label, "black", font)
+    for row, label in enumerate(rows):
+        top = head + row * (height + MARGIN)
+        draw.text((MARGIN, top), textwrap.fill(label, 26), "black", font)
+        for column, image in enumerate(images[row]):
+            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (left + column * (width + MARGIN), top))
+    return canvas

@@ -1,0 +1,106 @@
+"""The embeds stage: a policy applied to the text encoder's output, once per prompt."""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+from .ledger import remember_edited
+from .plan import Plan, lower, pad_mean
+from .policy import Bank, Branch, Policy
+from .roles import CLIP_EOT_ID, CONTEXT_LENGTH, Role, token_roles
+
+
+def apply_policy(
+    embeds: torch.Tensor,
+    input_ids: torch.Tensor,
+    policy: Policy | str,
+    *,
+    branch: Branch = "cond",
+    eos_token_id: int = CLIP_EOT_ID,
+    reembed_id: int = 0,
+    context_length: int = CONTEXT_LENGTH,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Apply `policy` to embeddings made elsewhere (compel, sd_embed, a cache).
+
+    A patched pipeline accepts the result as `prompt_embeds`: it is recognised as already edited.
+
+    Args:
+        embeds: `[B·n, L, D]`, the text encoder's output; each sequence's n images side by side.
+        input_ids: int `[B, L]`, what the text encoder was called with.
+        policy: the policy, or a preset's name. One that re-embeds the pads needs embeddings that were
+            encoded with those pads: it is checked, and refused otherwise.
+        branch: "cond" for prompts, "uncond" for negative prompts.
+        eos_token_id: the tokenizer's EOT id.
+        reembed_id: the id of the token that the policy pads with, 0 for CLIP's "!".
+        context_length: tokens in a window.
+        backend: "auto", "cpp" or "torch".
+
+    Returns:
+        `[B·n, L, D]`; `embeds` itself where the policy leaves this branch alone.
+
+    Raises:
+        TypeError, ValueError: arguments of another type, shape or dtype; pads that are not re-embedded.
+        NotImplementedError: the policy needs the attention stage.
+    """
+    policy = Policy.of(policy)
+    policy.require_embeds_stage()
+    roles = token_roles(input_ids, eos_token_id=eos_token_id, context_length=context_length)
+    if policy.reembed_pads is not None:
+        other = int(((roles == Role.PAD) & (input_ids != reembed_id)).sum())
+        if other:
+            raise ValueError(
+                f"policy '{policy}' re-embeds the pads, which embeddings alone cannot do: input_ids has {other} "
+                f"PAD positions whose id is not {reembed_id}. Encode with that id there "
+                "(`patch.encoding` does), or use a policy without it, such as 'zero-pad:0.7'"
+            )
+    edited = edit_embeddings(embeds, roles, policy, branch, context_length=context_length, backend=backend)
+    remember_edited(edited, policy)
+    return edited
+
+
+def edit_embeddings(
+    embeds: torch.Tensor,
+    roles: torch.Tensor,
+    policy: Policy,
+    branch: Branch,
+    *,
+    context_length: int = CONTEXT_LENGTH,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Apply the policy's edits (not its re-embedding) to `embeds` `[B·n, L, D]` with `roles` `[B, L]`.
+
+    The plan is made where the roles are, usually on the host; embeddings on a device are not waited for.
+    """
+    if not policy.edits_on(branch):
+        return embeds
+    if embeds.dim() != 3 or embeds.shape[1] != roles.shape[1] or embeds.shape[0] % max(1, roles.shape[0]):
+        raise ValueError(f"embeds: expected [B·n, L, D] for roles {list(roles.shape)}, got {list(embeds.shape)}")
+    plan = lower(policy, roles, branch, context_length=context_length)
+    images = embeds.shape[0] // max(1, roles.shape[0])
+    source, scale = (
+        rows.repeat_interleave(images, 0).to(embeds.device, non_blocking=True) for rows in (plan.source, plan.v_scale)
+    )
+    bank = None
+    if any(edit.action.source is Bank.PAD_MEAN for edit in policy.edits_on(branch)):
+        spread = roles.repeat_interleave(images, 0).to(embeds.device, non_blocking=True)
+        bank = pad_mean(embeds, spread, context_length=context_length)
+    return ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+
+
+def count_edits(plan: Plan, roles: torch.Tensor) -> list[dict[str, int]]:
+    """For each row, what a plan does to how many positions, such as {"EOT zeroed": 1, "PAD replaced": 70}."""
+    own = torch.arange(roles.shape[1], dtype=plan.source.dtype, device=roles.device)
+    excluded, zeroed, replaced = plan.bias == -torch.inf, plan.v_scale == 0, plan.source != own
+    scaled = (plan.k_scale != 1) | (plan.v_scale != 1) | (plan.bias != 0)
+    effects = {
+        "excluded": excluded,
+        "zeroed": zeroed & ~excluded,
+        "replaced": replaced & ~zeroed & ~excluded,
+        "scaled": scaled & ~replaced & ~zeroed & ~excluded,
+    }
+    counts = {
+        f"{role.name} {effect}": (where & (roles == role)).sum(-1) for effect, where in effects.items() for role in Role
+    }
+    return [{name: int(count[row]) for name, count in counts.items() if count[row]} for row in range(roles.shape[0])]

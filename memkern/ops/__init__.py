@@ -1,0 +1,8 @@
+"""Operators: `torch.ops.memkern.<name>`, and the validating functions of the same names here."""
+
+from .backends import BACKENDS
+from .edit_embeds import edit_embeds
+from .edit_kv import edit_kv
+from .embed_tokens import embed_tokens
+
+__all__ = ["BACKENDS", "edit_embeds", "edit_kv", "embed_tokens"]

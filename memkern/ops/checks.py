@@ -1,0 +1,41 @@
+"""Argument checks shared by the operators' public functions: what came, what is right."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """Raise TypeError or ValueError unless `tensor` is one of this shape, dtype and device.
+
+    Args:
+        shape: a size to match, or a letter that stands for any.
+        device: None accepts any.
+    """
+    wanted = f"[{', '.join(map(str, shape))}]"
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor {wanted}, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {allowed}, got {tensor.dtype}")
+    matches = tensor.dim() == len(shape) and all(
+        isinstance(size, str) or size == actual for size, actual in zip(shape, tensor.shape, strict=True)
+    )
+    if not matches:
+        raise ValueError(f"{name}: expected shape {wanted}, got {list(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def check_constant(name: str, tensor: torch.Tensor) -> None:
+    """Raise if gradients are wanted for a tensor of a plan: it is a constant of the edit."""
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: no gradient is defined for it; pass {name}.detach()")

@@ -1,0 +1,122 @@
+"""One encoding: the text-encoder calls between the start and the end of `encode_prompt`, as they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..roles import Role, padding_positions, token_roles
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that matter, read from the tokenizer (a model's config may still carry CLIP's old, wrong ones)."""
+
+    eos_token_id: int
+    pad_token_id: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one text-encoder call encoded.
+
+    Attributes:
+        input_ids: int64 `[B, L]` on the host, before any swap.
+        roles: uint8 `[B, L]` on the host.
+        reembedded: bool `[B, L]`, the positions whose id was swapped.
+    """
+
+    input_ids: torch.Tensor
+    roles: torch.Tensor
+    reembedded: torch.Tensor
+
+
+@dataclass
+class Encoding:
+    """Collects what a tokenizer and a text encoder do; `owner` is the patch that is encoding."""
+
+    owner: object
+    vocabulary: Vocabulary
+    reembed_id: int | None
+    tokenized: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    calls: list[Encoded] = field(default_factory=list)
+
+    def observe(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Record a call and return the ids to embed: `input_ids` with its padding swapped, where it is to be."""
+        ids = input_ids.detach().reshape(-1, input_ids.shape[-1]).to("cpu", torch.int64)
+        words = self.vocabulary
+        roles = token_roles(ids, eos_token_id=words.eos_token_id, context_length=words.context_length)
+        if self.reembed_id is None or self.reembed_id == words.pad_token_id:
+            self.calls.append(Encoded(ids, roles, torch.zeros_like(roles, dtype=torch.bool)))
+            return input_ids
+        padding = padding_positions(
+            ids,
+            roles,
+            pad_token_id=words.pad_token_id,
+            eos_token_id=words.eos_token_id,
+            attention_mask=self._attention_mask(ids),
+            context_length=words.context_length,
+        )
+        self.calls.append(Encoded(ids, roles, padding))
+        return input_ids.masked_fill(padding.reshape(input_ids.shape).to(input_ids.device), self.reembed_id)
+
+    def _attention_mask(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """The tokenizer's mask of exactly these ids, from its last call that made them."""
+        for made, mask in reversed(self.tokenized):
+            if torch.equal(made, ids):
+                return mask
+        return None
+
+
+class ObservedTokenizer:
+    """Stands in for a tokenizer during one `encode_prompt`, to keep the attention masks that it returns.
+
+    Pipelines drop that mask, and the ids alone cannot tell a literal `<|endoftext|>` that ends a prompt from
+    padding. The tokenizer itself is not touched.
+    """
+
+    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
+        self._tokenizer = tokenizer
+        self._encoding = encoding
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._tokenizer(*args, **kwargs)
+        ids, mask = output.get("input_ids"), output.get("attention_mask")
+        if isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor):
+            self._encoding.tokenized.append((ids, mask))
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+
+_CURRENT: ContextVar[Encoding | None] = ContextVar("memkern_encoding", default=None)
+
+
+def current() -> Encoding | None:
+    """The encoding that this thread is in, whoever owns it."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def entered(encoding: Encoding) -> Iterator[Encoding]:
+    """Make `encoding` the current one."""
+    token = _CURRENT.set(encoding)
+    try:
+        yield encoding
+    finally:
+        _CURRENT.reset(token)
+
+
+def role_counts(roles: torch.Tensor) -> list[dict[Role, int]]:
+    """For each row of uint8 `[B, L]` roles, how many positions of each role it has."""
+    return [{role: int((row == role).sum()) for role in Role} for row in roles]

@@ -1,0 +1,132 @@
+"""What is in force on a pipeline, as a value to print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..embeddings import count_edits
+from ..ops import backends
+from ..plan import lower
+from ..policy import Branch, Policy
+from ..roles import Role
+from . import support
+from .encoding import Encoded, role_counts
+
+if TYPE_CHECKING:
+    from .patching import Patch
+
+
+@dataclass(frozen=True)
+class PromptStatus:
+    """One encoded row: its branch, its positions per role, and what was done to how many of them."""
+
+    branch: Branch
+    roles: dict[Role, int]
+    edited: dict[str, int]
+    reembedded: int
+
+    @property
+    def changes(self) -> str:
+        """What was done to the row, in words."""
+        parts = [f"{count} {effect}" for effect, count in self.edited.items()]
+        if self.reembedded:
+            parts.append(f"{self.reembedded} PAD re-embedded")
+        return ", ".join(parts) or "unchanged"
+
+    def __str__(self) -> str:
+        roles = " ".join(f"{role.name} {count}" for role, count in self.roles.items())
+        return f"{self.branch}: {roles}; {self.changes}"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is in force on a pipeline.
+
+    Attributes:
+        patched: whether it is patched; if not, the rest is empty.
+        policy: the policy in force.
+        sites: what was replaced.
+        backend: the backend asked for, the one in use for CPU tensors, and why not another.
+        on_unknown: what happens to a prompt that cannot be classified.
+        notes: what else a user should know.
+        prompts: the rows of the last `encode_prompt`.
+    """
+
+    patched: bool
+    policy: Policy | None = None
+    sites: tuple[str, ...] = ()
+    backend: str = ""
+    on_unknown: str = ""
+    notes: tuple[str, ...] = ()
+    prompts: tuple[PromptStatus, ...] = ()
+
+    @classmethod
+    def of(cls, patch: Patch) -> Status:
+        """The status of a patch; that of an unpatched pipeline once it is removed."""
+        if not patch.installed:
+            return cls(patched=False)
+        pipe, policy = patch.pipe, patch.policy
+        return cls(
+            patched=True,
+            policy=policy,
+            sites=(
+                f"{type(pipe.text_encoder).__name__} embeddings: pad swap",
+                f"{type(pipe).__name__}.encode_prompt: edits of embeddings",
+            ),
+            backend=_describe_backend(patch.backend),
+            on_unknown=patch.on_unknown,
+            notes=_notes(patch),
+            prompts=tuple(
+                row
+                for branch, encoded in patch.prompts.items()
+                for row in describe(encoded, policy, branch, support.vocabulary(pipe).context_length)
+            ),
+        )
+
+    def __str__(self) -> str:
+        if not self.patched:
+            return "memkern: not patched"
+        lines = [
+            f"policy      {self.policy}",
+            *(f"site        {site}" for site in self.sites),
+            f"backend     {self.backend}",
+            f"on_unknown  {self.on_unknown}",
+            *(f"note        {note}" for note in self.notes),
+            *(f"prompt      {prompt}" for prompt in self.prompts),
+        ]
+        return "\n".join(lines)
+
+
+def describe(encoded: Encoded, policy: Policy, branch: Branch, context_length: int) -> list[PromptStatus]:
+    """What `policy` does to each row of one text-encoder call."""
+    plan = lower(policy, encoded.roles, branch, context_length=context_length)
+    return [
+        PromptStatus(branch, roles, edited, int(reembedded.sum()))
+        for roles, edited, reembedded in zip(
+            role_counts(encoded.roles),
+            count_edits(plan, encoded.roles),
+            encoded.reembedded,
+            strict=True,
+        )
+    ]
+
+
+def _describe_backend(asked: str) -> str:
+    device = torch.device("cpu")
+    used = backends.choose(asked, device)
+    reasons = backends.refusals("cpp", device) if used == "torch" and asked == "auto" else []
+    because = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"{asked}: {used} on CPU, torch elsewhere{because}" if asked == "auto" else used
+
+
+def _notes(patch: Patch) -> tuple[str, ...]:
+    notes = []
+    if patch.replaced_by is not None:
+        notes.append(f"encode_prompt was wrapped or replaced since, by {patch.replaced_by!r}")
+    reembed_id = support.reembed_id(patch.pipe, patch.policy)
+    if reembed_id is not None and reembed_id == support.vocabulary(patch.pipe).pad_token_id:
+        notes.append(f"the tokenizer pads with {patch.policy.reembed_pads!r} already: no pad is re-embedded")
+    return tuple(notes)

@@ -1,0 +1,85 @@
+"""Which pipelines can be patched, and why others cannot."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
+
+from ..policy import Policy
+from ..roles import CONTEXT_LENGTH
+from .encoding import Vocabulary
+from .text_encoder import clip_embeddings
+
+SUPPORTED = "Stable Diffusion pipelines with one CLIP text encoder, such as StableDiffusionPipeline (SD 1.x, 2.x)"
+_ARGUMENTS = ("prompt", "do_classifier_free_guidance", "prompt_embeds", "negative_prompt_embeds")
+
+
+def refusals(pipe: DiffusionPipeline) -> list[str]:
+    """Why `pipe` cannot be patched; empty if it can."""
+    reasons = []
+    encoder = getattr(pipe, "text_encoder", None)
+    if clip_embeddings(encoder) is None:
+        reasons.append(
+            "it has no text_encoder"
+            if encoder is None
+            else f"its text_encoder is a {type(encoder).__name__}, not a CLIP text model"
+        )
+    if getattr(pipe, "tokenizer", None) is None:
+        reasons.append("it has no tokenizer")
+    reasons += [
+        f"it has a second text encoder, {name}"
+        for name in ("text_encoder_2", "text_encoder_3")
+        if getattr(pipe, name, None) is not None
+    ]
+    encode = getattr(pipe, "encode_prompt", None)
+    if encode is None:
+        reasons.append("it has no encode_prompt")
+    else:
+        known = inspect.signature(encode).parameters
+        missing = [name for name in _ARGUMENTS if name not in known]
+        if missing:
+            reasons.append(f"its encode_prompt has no {', '.join(missing)}")
+    return reasons
+
+
+def require(pipe: object) -> None:
+    """Raise TypeError if `pipe` is not a diffusers pipeline, ValueError with the reasons if it is refused."""
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
+    reasons = refusals(pipe)
+    if reasons:
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} cannot be patched: {'; '.join(reasons)}. Supported are {SUPPORTED}"
+        )
+
+
+def embeddings_of(pipe: Any) -> CLIPTextEmbeddings:
+    """The embedding layer of the pipeline's CLIP text encoder."""
+    embeddings = clip_embeddings(pipe.text_encoder)
+    assert embeddings is not None, "require() was not called"
+    return embeddings
+
+
+def vocabulary(pipe: Any) -> Vocabulary:
+    """The ids of the pipeline's tokenizer."""
+    tokenizer = pipe.tokenizer
+    length = min(CONTEXT_LENGTH, embeddings_of(pipe).position_embedding.num_embeddings)
+    return Vocabulary(tokenizer.eos_token_id, tokenizer.pad_token_id, length)
+
+
+def reembed_id(pipe: Any, policy: Policy) -> int | None:
+    """The id of the token that `policy` pads with; None if it leaves the padding alone."""
+    if policy.reembed_pads is None:
+        return None
+    token_id = pipe.tokenizer.convert_tokens_to_ids(policy.reembed_pads)
+    if token_id is None or (
+        token_id == pipe.tokenizer.unk_token_id and policy.reembed_pads != pipe.tokenizer.unk_token
+    ):
+        raise ValueError(
+            f"policy '{policy}': the tokenizer has no token {policy.reembed_pads!r} to pad with; "
+            f"it has {len(pipe.tokenizer)} tokens"
+        )
+    return int(token_id)

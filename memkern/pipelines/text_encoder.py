@@ -1,0 +1,46 @@
+"""The text encoder's site: a hook on its embedding layer, where the pads' ids are swapped.
+
+Swapping there, and not in the ids that the encoder gets, leaves the pooled output alone: CLIP finds its EOT
+in the ids that it was called with. A hook calls the module, so offloaded weights and adapters keep working.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
+
+from . import encoding
+
+if TYPE_CHECKING:
+    from .patching import Patch
+
+
+def clip_embeddings(text_encoder: object) -> CLIPTextEmbeddings | None:
+    """The embedding layer of a CLIP text encoder, in both of transformers' layouts; None if it is no CLIP."""
+    core = getattr(text_encoder, "text_model", text_encoder)
+    embeddings = getattr(core, "embeddings", None)
+    return embeddings if isinstance(embeddings, CLIPTextEmbeddings) else None
+
+
+class PadSwapHook:
+    """A forward pre-hook that shows the ids to the current encoding and passes on what it returns.
+
+    Outside any encoding it is not known what is encoded, and the `Patch` that owns the hook is told.
+    """
+
+    def __init__(self, owner: Patch) -> None:
+        self.owner = owner
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        now = encoding.current()
+        if now is None:
+            self.owner.called_outside()
+            return None
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if now.owner is not self.owner or input_ids is None:
+            return None
+        return args[1:], {**kwargs, "input_ids": now.observe(input_ids)}

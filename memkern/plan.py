@@ -1,0 +1,177 @@
+"""Plans: a policy lowered to the four tensors per row that are all a kernel knows.
+
+    out_i = scale_i · bank[source_i]        on embeddings, where k_scale = v_scale and bias = 0
+
+The bank is the sequence's own L rows, then W rows with the mean of each window's pads, then L rows with the
+sequence encoded with re-embedded pads. A scale of 0 selects 0 rather than multiplying by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .policy import Action, Bank, Branch, Edit, Policy
+from .roles import CONTEXT_LENGTH, Role, check_roles, split_windows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each key reads and how it is scaled.
+
+    Attributes:
+        source: int32 `[B, L]`, the row of the bank that each key reads.
+        k_scale: float32 `[B, L]`, multiplies K.
+        v_scale: float32 `[B, L]`, multiplies V.
+        bias: float32 `[B, L]`, added to the logit; -inf excludes the key.
+    """
+
+    source: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def identity(cls, batch: int, length: int, device: torch.device | str = "cpu") -> Plan:
+        """The plan that changes nothing."""
+        shape = (batch, length)
+        return cls(
+            torch.arange(length, dtype=torch.int32, device=device).repeat(batch, 1),
+            torch.ones(shape, device=device),
+            torch.ones(shape, device=device),
+            torch.zeros(shape, device=device),
+        )
+
+
+_KEPT = {"keep": 1.0, "replace": 1.0, "zero": 0.0}
+
+
+def lower(
+    policy: Policy | str,
+    roles: torch.Tensor,
+    branch: Branch,
+    *,
+    cond_roles: torch.Tensor | None = None,
+    context_length: int = CONTEXT_LENGTH,
+) -> Plan:
+    """Lower `policy` for rows of one branch.
+
+    Windows of layers and steps say where a plan is used, not what is in it; they are not looked at here.
+
+    Args:
+        policy: the policy, or a preset's name.
+        roles: uint8 `[B, L]` from `token_roles`.
+        branch: which branch the rows belong to.
+        cond_roles: uint8 `[B, L]`, the roles of the cond row that each uncond row is paired with; needed
+            where an edit has `roles_of="cond"` and the branch is "uncond".
+        context_length: tokens in a window.
+
+    Returns:
+        A `Plan` on the device of `roles`; no device sync.
+
+    Raises:
+        TypeError, ValueError: `roles` or `cond_roles` of another dtype or shape, or `cond_roles` missing.
+    """
+    policy = Policy.of(policy)
+    check_roles(roles)
+    own = Plan.identity(roles.shape[0], roles.shape[1], roles.device)
+    source, scale, logit_scale, bias = own.source, own.v_scale, own.k_scale, own.bias
+    for edit in policy.edits_on(branch):
+        selected = select(edit, _roles_for(edit, roles, branch, cond_roles))
+        action, value = edit.action, edit.action.value or 0.0
+        if action.kind == "exclude":
+            bias = bias.masked_fill(selected, float("-inf"))
+        elif action.kind == "logit_bias":
+            bias = torch.where(selected, bias + value, bias)
+        elif action.kind == "logit_scale":
+            logit_scale = torch.where(selected, logit_scale * value, logit_scale)
+        else:
+            target = own.source
+            if action.source is not None:
+                target, exists = _replacement(action, roles, context_length)
+                selected = selected & exists
+            source = torch.where(selected, target, source)
+            scale = scale.masked_fill(selected, _KEPT.get(action.kind, 1.0 - value))
+    return Plan(source, scale * logit_scale, scale, bias)
+
+
+def select(edit: Edit, roles: torch.Tensor) -> torch.Tensor:
+    """The positions that `edit` acts on.
+
+    Of the role's d positions in a row, int(min(d, d·r)) in double precision, as the paper's code counts.
+
+    Args:
+        roles: uint8 `[B, L]`.
+
+    Returns:
+        bool `[B, L]`.
+    """
+    of_role = roles == edit.role
+    if edit.fraction == 1:
+        return of_role
+    total = of_role.sum(-1, keepdim=True)  # [B, 1]
+    count = (total.double() * edit.fraction).to(torch.int64)
+    rank = of_role.to(torch.int64).cumsum(-1) - 1  # [B, L], among the role's positions
+    if edit.order == "first":
+        chosen = rank < count
+    elif edit.order == "last":
+        chosen = rank >= total - count
+    elif edit.order == "even":
+        total = total.clamp(min=1)
+        chosen = (rank + 1) * count // total > rank * count // total
+    else:
+        # One draw per position and seed, not per row: a row's choice does not depend on its batch.
+        generator = torch.Generator().manual_seed(edit.seed)
+        draw = torch.rand(roles.shape[-1], generator=generator).to(roles.device)
+        order = draw.expand(roles.shape).masked_fill(~of_role, torch.inf).argsort(-1)
+        chosen = order.argsort(-1) < count
+    return of_role & chosen
+
+
+def _roles_for(edit: Edit, roles: torch.Tensor, branch: Branch, cond_roles: torch.Tensor | None) -> torch.Tensor:
+    if edit.roles_of == "own" or branch == "cond":
+        return roles
+    if cond_roles is None:
+        raise ValueError(f"cond_roles: needed to lower '{edit}' for uncond rows: the roles of their cond rows")
+    check_roles(cond_roles, name="cond_roles")
+    if cond_roles.shape != roles.shape:
+        raise ValueError(f"cond_roles: expected the shape of roles, {list(roles.shape)}, got {list(cond_roles.shape)}")
+    return cond_roles
+
+
+def _replacement(action: Action, roles: torch.Tensor, context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bank row that each position would read (int32 `[B, L]`), and whether there is one (bool)."""
+    batch, length = roles.shape
+    windows = split_windows(roles, context_length, name="roles")  # [B, W, n]
+    count, size = windows.shape[1:]
+    if action.source is Bank.PAD_REEMBEDDED:
+        target = torch.arange(length, device=roles.device).expand(batch, length) + length + count
+        return target.to(torch.int32), torch.ones_like(roles, dtype=torch.bool)
+    window = torch.arange(count, device=roles.device)
+    if action.source is Bank.PAD_MEAN:
+        per_window = (length + window).expand(batch, count)
+        exists = (windows == Role.PAD).any(-1)
+    else:
+        of_source = windows == int(action.source or Role.SOT)
+        per_window = of_source.to(torch.int32).argmax(-1) + window * size
+        exists = of_source.any(-1)
+    target = per_window.to(torch.int32).repeat_interleave(size, dim=-1)
+    return target, exists.repeat_interleave(size, dim=-1)
+
+
+def pad_mean(embeds: torch.Tensor, roles: torch.Tensor, *, context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
+    """The mean of each window's PAD rows, the bank of `replace("pad-mean")`.
+
+    Args:
+        embeds: `[B, L, D]`.
+        roles: uint8 `[B, L]`, on the same device.
+
+    Returns:
+        `[B, W, D]` in the dtype of `embeds`, accumulated in float32 or wider; 0 where a window has no PAD.
+    """
+    is_pad = split_windows(roles == Role.PAD, context_length, name="roles").unsqueeze(-1)  # [B, W, n, 1]
+    wide = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+    rows = wide.reshape(*is_pad.shape[:3], embeds.shape[-1])
+    total = torch.where(is_pad, rows, 0).sum(2)
+    return (total / is_pad.sum(2).clamp(min=1)).to(embeds.dtype)
