@@ -18,8 +18,9 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest
 
 bench: $(READY)
+	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json
-	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
+	$(BIN)/python benchmarks/report.py .benchmarks/latest.json benchmarks/results.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -56,7 +56,9 @@ def prepare() -> tuple[list[Extension], type[build_ext], str]:
             ) from error
         return [], build_ext, f"torch was not importable at build time ({error}): use --no-build-isolation"
     compiler = os.environ.get("CXX", "c++").split()[0]
-    if MODE == "auto" and os.name != "nt" and not (shutil.which(compiler) or shutil.which("g++")):
+    if os.name != "nt" and not (shutil.which(compiler) or shutil.which("g++")):
+        if MODE == "cpp":
+            raise SystemExit("MEMKERN_BUILD=cpp: no C++ compiler on PATH")
         return [], build_ext, "no C++ compiler on PATH at build time"
     return [extension], command, ""
 

@@ -243,7 +243,7 @@ def _covers(later: Edit, earlier: Edit) -> bool:
         and later.fraction == 1
         and later.layers in (None, earlier.layers)
         and later.steps in (None, earlier.steps)
-        and later.action.needs_attention == earlier.action.needs_attention
+        and not (later.action.needs_attention or earlier.action.needs_attention)
     )
 
 

@@ -20,9 +20,8 @@ def check_tensor(
         shape: a size to match, or a letter that stands for any.
         device: None accepts any.
     """
-    wanted = f"[{', '.join(map(str, shape))}]"
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor {wanted}, got {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected a tensor {_spell(shape)}, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {allowed}, got {tensor.dtype}")
@@ -30,9 +29,13 @@ def check_tensor(
         isinstance(size, str) or size == actual for size, actual in zip(shape, tensor.shape, strict=True)
     )
     if not matches:
-        raise ValueError(f"{name}: expected shape {wanted}, got {list(tensor.shape)}")
+        raise ValueError(f"{name}: expected shape {_spell(shape)}, got {list(tensor.shape)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def _spell(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def check_constant(name: str, tensor: torch.Tensor) -> None:

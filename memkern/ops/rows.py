@@ -2,7 +2,8 @@
 
     out[b, l] = scale[b, l] · bank[b, source[b, l]]
 
-in float32 or wider, rounded once; a scale of 0 selects 0, so that a NaN or Inf there does not survive.
+in float32 or wider, rounded once; a scale of 0 selects 0, so that a NaN or Inf there does not survive, and a
+scale of 1 selects the row, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def edit_rows(rows: torch.Tensor, bank: torch.Tensor | None, source: torch.Tenso
     gathered = everything.gather(1, index)
     factor = scale.unsqueeze(-1)
     wide = gathered.to(torch.promote_types(rows.dtype, torch.float32))
-    return torch.where(factor == 0, 0, wide * factor).to(rows.dtype)
+    scaled = torch.where(factor == 1, gathered, (wide * factor).to(rows.dtype))
+    return scaled.masked_fill(factor == 0, 0)
 
 
 def edit_rows_backward(

@@ -1,0 +1,98 @@
+"""What cannot be patched, each with the sentence that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.pipelines.ddpm import DDPMPipeline
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+import memkern
+
+
+@pytest.mark.parametrize("thing", [None, 3, "a model", torch.nn.Linear(1, 1), object()], ids=str)
+def test_not_a_pipeline(thing):
+    with pytest.raises(TypeError, match=f"pipe: expected a diffusers pipeline, got {type(thing).__name__}"):
+        memkern.patch(thing)
+    memkern.unpatch(thing)
+    assert not memkern.status(thing).patched
+
+
+def test_a19_no_text_encoder_at_all(sd1):
+    pipe = DDPMPipeline(sd1.unet, sd1.scheduler)
+    with pytest.raises(
+        ValueError,
+        match=r"DDPMPipeline cannot be patched: it has no text_encoder; it has no tokenizer; it has no encode_prompt. "
+        r"Supported are Stable Diffusion pipelines with one CLIP text encoder, such as StableDiffusionPipeline",
+    ):
+        memkern.patch(pipe)
+
+
+def test_another_text_encoder(sd1):
+    sd1.text_encoder = T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="its text_encoder is a T5EncoderModel, not a CLIP text model"):
+        memkern.patch(sd1)
+
+
+def test_two_text_encoders(sd1):
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    pipe = StableDiffusionXLPipeline(
+        sd1.vae, sd1.text_encoder, second, sd1.tokenizer, sd1.tokenizer, sd1.unet, sd1.scheduler,
+        add_watermarker=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="StableDiffusionXLPipeline cannot be patched: it has a second text encoder"):
+        memkern.patch(pipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"policy": "zero-everything"}, ValueError, "unknown preset 'zero-everything'; the presets are"),
+        ({"policy": 0.7}, TypeError, "policy: expected a Policy or a preset's name, got float"),
+        ({"policy": "zero-pad:1.5"}, ValueError, r"r must be in \[0, 1\], got 1.5"),
+        (
+            {"policy": "ren:1.25"},
+            NotImplementedError,
+            "needs the attention stage, which this version does not have yet",
+        ),
+        ({"policy": memkern.Policy(reembed_pads="memorized")}, ValueError, "the tokenizer has no token 'memorized'"),
+        ({"backend": "cuda"}, ValueError, "there is no backend 'cuda'; use one of auto, cpp, torch"),
+        ({"on_unknown": "ignore"}, ValueError, "on_unknown: expected 'raise', 'warn' or 'pass', got 'ignore'"),
+    ],
+)
+def test_refused_arguments_leave_nothing_behind(sd1, arguments, error, message):
+    attributes = dict(vars(sd1))
+    with pytest.raises(error, match=message):
+        memkern.patch(sd1, **arguments)
+    assert vars(sd1) == attributes
+    assert not sd1.text_encoder.embeddings._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_status_says_what_is_in_force(pipe, family):
+    assert str(memkern.status(pipe)) == "memkern: not patched"
+    memkern.patch(pipe)
+    pipe("a cat!", num_inference_steps=1, output_type="latent")
+    status = memkern.status(pipe)
+    cond, uncond = status.prompts
+    assert cond.roles == {memkern.Role.SOT: 1, memkern.Role.PROMPT: 3, memkern.Role.EOT: 1, memkern.Role.PAD: 72}
+    assert cond.edited == {"EOT zeroed": 1}
+    assert not uncond.edited
+    text = str(status)
+    for line in (
+        "policy      swap-pad-zero-eot",
+        "site        CLIPTextModel embeddings: pad swap",
+        "site        StableDiffusionPipeline.encode_prompt: edits of embeddings",
+        "on_unknown  raise",
+    ):
+        assert line in text
+    if family == "sd1":
+        assert (cond.reembedded, uncond.reembedded) == (72, 75)
+        assert "prompt      cond: SOT 1 PROMPT 3 EOT 1 PAD 72; 1 EOT zeroed, 72 PAD re-embedded" in text
+    else:
+        # c5: the pads are "!" already.
+        assert (cond.reembedded, uncond.reembedded) == (0, 0)
+        assert "note        the tokenizer pads with '!' already: no pad is re-embedded" in text

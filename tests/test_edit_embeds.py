@@ -1,0 +1,160 @@
+"""edit_embeds: out[b, l] = scale[b, l] · rows[b, source[b, l]]."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operators import AVAILABLE, DTYPES, LAYOUTS, assert_accurate, random_plan
+
+from memkern import ops
+
+SHAPES = [(2, 77, 768), (3, 154, 40), (1, 77, 1), (5, 9, 33), (2, 77, 0), (0, 77, 64), (2, 0, 64)]
+
+
+def sample(shape, dtype=torch.float32, bank_rows=0):
+    batch, length, width = shape
+    torch.manual_seed(1)
+    embeds = torch.randn(shape).to(dtype)
+    bank = torch.randn(batch, bank_rows, width).to(dtype) if bank_rows else None
+    return embeds, bank, *random_plan(batch, length, max(1, length + bank_rows))
+
+
+def by_hand(embeds, bank, source, scale):
+    """The definition, one key at a time."""
+    out = torch.empty_like(embeds)
+    for b in range(embeds.shape[0]):
+        rows = embeds[b] if bank is None else torch.cat([embeds[b], bank[b]])
+        for position, (index, factor) in enumerate(zip(source[b].tolist(), scale[b], strict=True)):
+            out[b, position] = 0 if factor == 0 else rows[index] * factor.to(embeds.dtype)
+    return out
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bank_rows", [0, 2])
+def test_against_float64(backend, dtype, shape, bank_rows):
+    embeds, bank, source, scale = sample(shape, dtype, bank_rows)
+    exact = by_hand(embeds.double(), None if bank is None else bank.double(), source, scale.double())
+    actual = ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+    assert_accurate(actual, by_hand(embeds, bank, source, scale), exact)
+    assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, layout):
+    embeds, bank, source, scale = sample((3, 77, 40), bank_rows=3)
+    move = LAYOUTS[layout]
+    expected = ops.edit_embeds(embeds, bank, source, scale, backend="torch")
+    actual = ops.edit_embeds(move(embeds), move(bank), move(source), move(scale), backend=backend)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_identity_is_bitwise_and_zero_selects(backend, dtype):
+    embeds, _, _, _ = sample((2, 77, 64), dtype)
+    embeds[:, 4] = float("inf")
+    source = torch.arange(77, dtype=torch.int32).repeat(2, 1)
+    scale = torch.ones(2, 77)
+    same = ops.edit_embeds(embeds, None, source, scale, backend=backend)
+    assert torch.equal(same.view(torch.uint8), embeds.view(torch.uint8))
+    embeds[:, 3] = float("nan")
+    scale[:, 3:5] = 0
+    cleaned = ops.edit_embeds(embeds, None, source, scale, backend=backend)
+    assert torch.equal(cleaned[:, 3:5], torch.zeros_like(cleaned[:, 3:5]))
+    assert cleaned.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("bad", [-1, 79, 2**31 - 1])
+def test_source_out_of_range(backend, bad):
+    embeds, bank, source, scale = sample((2, 77, 8), bank_rows=2)
+    source[1, 5] = bad
+    with pytest.raises((IndexError, RuntimeError), match=rf"source: index {bad} is out of range \[0, 79\)"):
+        ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+
+
+@pytest.mark.parametrize("bank_rows", [0, 2])
+def test_opcheck(bank_rows):
+    embeds, bank, source, scale = sample((2, 5, 8), bank_rows=bank_rows)
+    for move in LAYOUTS.values():
+        for wants_grad in (False, True):
+            arguments = (move(embeds).detach().requires_grad_(wants_grad), bank, source, scale)
+            torch.library.opcheck(torch.ops.memkern.edit_embeds.default, arguments)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("bank_rows", [0, 2])
+def test_gradcheck(backend, bank_rows):
+    embeds, bank, source, scale = sample((2, 5, 3), torch.float64, bank_rows)
+    inputs = [tensor.requires_grad_() for tensor in (embeds, bank) if tensor is not None]
+
+    def edited(embeds, bank=None):
+        return ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+
+    assert torch.autograd.gradcheck(edited, inputs)
+
+
+def test_backends_agree_on_gradients():
+    grads = []
+    for backend in AVAILABLE:
+        embeds, bank, source, scale = sample((2, 77, 8), bank_rows=2)
+        embeds.requires_grad_()
+        ops.edit_embeds(embeds, bank, source, scale, backend=backend).square().sum().backward()
+        grads.append(embeds.grad)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_into_one_graph(dynamic):
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    def edited(embeds, source, scale):
+        return ops.edit_embeds(embeds * 2, None, source, scale)
+
+    for length in (77, 154):
+        embeds, _, source, scale = sample((2, length, 8))
+        assert torch.equal(edited(embeds, source, scale), ops.edit_embeds(embeds * 2, None, source, scale))
+
+
+def test_exports():
+    embeds, _, source, scale = sample((2, 77, 8))
+
+    class Edited(torch.nn.Module):
+        def forward(self, embeds, source, scale):
+            return ops.edit_embeds(embeds, None, source, scale)
+
+    exported = torch.export.export(Edited(), (embeds, source, scale))
+    assert torch.equal(exported.module()(embeds, source, scale), ops.edit_embeds(embeds, None, source, scale))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"embeds": torch.zeros(2, 77)}, ValueError, r"embeds: expected shape \[B, L, D\], got \[2, 77\]"),
+        ({"embeds": torch.zeros(2, 77, 8, dtype=torch.int64)}, TypeError, r"embeds: expected dtype .*got torch.int64"),
+        ({"source": torch.zeros(2, 76, dtype=torch.int32)}, ValueError, r"source: expected shape \[2, 77\], got"),
+        ({"source": torch.zeros(2, 77)}, TypeError, r"source: expected dtype torch.int32, got torch.float32"),
+        ({"scale": torch.ones(2, 77).half()}, TypeError, r"scale: expected dtype torch.float32, got torch.float16"),
+        ({"scale": torch.ones(2, 77, requires_grad=True)}, ValueError, r"scale: no gradient .*scale.detach\(\)"),
+        ({"bank": torch.zeros(2, 1, 9)}, ValueError, r"bank: expected shape \[2, M, 8\], got \[2, 1, 9\]"),
+        ({"bank": [1]}, TypeError, r"bank: expected a tensor \[2, M, 8\], got list"),
+        ({"backend": "metal"}, ValueError, r"there is no backend 'metal'; use one of auto, cpp, torch"),
+        ({"scale": torch.ones(2, 77, device="meta")}, ValueError, r"scale: expected device cpu, got meta"),
+    ],
+)
+def test_refusals(change, error, message):
+    embeds, bank, source, scale = sample((2, 77, 8))
+    arguments = {"embeds": embeds, "bank": bank, "source": source, "scale": scale, "backend": "auto"} | change
+    with pytest.raises(error, match=message):
+        ops.edit_embeds(**arguments)
+
+
+def test_cpp_refuses_other_devices():
+    embeds = torch.zeros(1, 2, 3, device="meta")
+    source = torch.zeros(1, 2, dtype=torch.int32, device="meta")
+    scale = torch.ones(1, 2, device="meta")
+    with pytest.raises(ValueError, match="backend 'cpp' cannot run: cpp runs on CPU tensors, these are on meta"):
+        ops.edit_embeds(embeds, None, source, scale, backend="cpp")

@@ -1,0 +1,144 @@
+"""The package: importing without its optional parts, how it is built, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memkern
+from memkern.ops import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+HAS_COMPILER = bool(shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++"))
+
+BLOCKED = """
+import importlib.abc, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("memkern._C", "triton"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code, folder=None):
+    """Run `code` in a fresh interpreter, in `folder`, which comes first in its path; its completed process."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_d15_import_is_silent_without_the_compiled_part_and_triton():
+    result = python(BLOCKED + "import memkern; print(memkern.info())")
+    assert result.returncode == 0, result.stderr
+    assert "backend cpp   the compiled CPU library is not part of this installation" in result.stdout
+    assert "backend torch available" in result.stdout
+    assert "memkern" not in result.stderr
+
+
+def test_the_fallback_is_told_once_and_a_named_backend_raises():
+    result = python(
+        BLOCKED
+        + """
+import torch, memkern
+from memkern.demo import tiny_pipeline, train_tokenizer
+pipe = tiny_pipeline(train_tokenizer(["a cat"]))
+memkern.patch(pipe)
+for _ in range(2):
+    pipe("a cat", num_inference_steps=1, output_type="latent")
+print(memkern.status(pipe))
+try:
+    memkern.patch(pipe, backend="cpp")
+except ValueError as error:
+    print(error)
+"""
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("memkern uses its plain-torch operators: the compiled CPU library is not part") == 1
+    assert "auto: torch on CPU, torch elsewhere (the compiled CPU library is not part" in result.stdout
+    assert "backend 'cpp' cannot run: the compiled CPU library is not part of this installation" in result.stdout
+
+
+def test_the_compiled_part_is_here_wherever_it_can_be():
+    """What a build wrote down is so: a library that was built loads, on this machine and this torch."""
+    built = json.loads((Path(memkern.__file__).parent / "build.json").read_text())
+    assert built["cpp"] == (not backends.refusals("cpp", backends.torch.device("cpu")))
+    assert built["cpp"] or not HAS_COMPILER or built["mode"] == "none", built["reason"]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what is needed to build the package."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("csrc", "memkern"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "build.json", "__pycache__"))
+    return source
+
+
+def install(tree, mode, path=None):
+    """pip-install the copy into a folder of its own; the process, and that folder."""
+    target = tree.parent / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-v"]
+    environment = os.environ | {"MEMKERN_BUILD": mode} | ({"PATH": path} if path else {})
+    environment.pop("CXX", None)
+    done = subprocess.run(
+        [*command, "--target", str(target), str(tree)], capture_output=True, text=True, env=environment, check=False
+    )
+    return done, target / "memkern"
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("none", "MEMKERN_BUILD=none"), ("auto", "no C++ compiler on PATH at build time")]
+)
+def test_pure_python_builds(tree, tmp_path, mode, reason):
+    done, package = install(tree, mode, path=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert json.loads((package / "build.json").read_text()) == {"mode": mode, "cpp": False, "reason": reason}
+    assert not list(package.glob("_C*"))
+    assert (package / "py.typed").exists()
+
+
+def test_auto_survives_a_failing_build(tree):
+    (tree / "csrc/module.cpp").write_text("#error injected\n")
+    done, package = install(tree, "auto")
+    assert done.returncode == 0, done.stdout
+    built = json.loads((package / "build.json").read_text())
+    assert not built["cpp"]
+    assert built["reason"].startswith(("the build failed", "no C++ compiler"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("cuda", "MEMKERN_BUILD=cuda: this version of memkern has no CUDA sources"),
+        ("gpu", "MEMKERN_BUILD: expected one of auto, cpp, cuda, none, got 'gpu'"),
+    ],
+)
+def test_a_named_build_fails_loudly(tree, mode, message):
+    done, _ = install(tree, mode)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+def test_cpp_fails_loudly_without_a_compiler(tree, tmp_path):
+    done, _ = install(tree, "cpp", path=str(tmp_path))
+    assert done.returncode != 0
+    assert "MEMKERN_BUILD=cpp: no C++ compiler on PATH" in done.stdout + done.stderr
+
+
+def test_a_library_that_does_not_load_is_named_and_bypassed(tmp_path):
+    package = tmp_path / "memkern"
+    shutil.copytree(ROOT / "memkern", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_C.abi3.so").write_bytes(b"not a library")
+    result = python("import memkern; print(memkern.info())", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "backend cpp   the compiled CPU library does not load with torch" in result.stdout

@@ -1,0 +1,132 @@
+"""Policies: the presets' string forms, composition, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from memkern import PRESETS, Edit, Policy, Role
+from memkern.policy import Bank, exclude, keep, logit_bias, logit_scale, replace, strength, zero
+
+STRING_FORMS = {
+    "swap-pad-zero-eot": Policy((Edit("eot", zero()),), reembed_pads="!"),
+    "swap-pad": Policy(reembed_pads="!"),
+    "zero-pad:0.7": Policy((Edit("pad", zero(), fraction=0.7),)),
+    "zero-eot": Policy((Edit("eot", zero()),)),
+    "zero-pad:1": Policy((Edit("pad", zero()),)),
+    "zero-eot-pad": Policy((Edit("eot", zero()), Edit("pad", zero()))),
+    "zero-prompt": Policy((Edit("prompt", zero()),)),
+    "prompt-from-eot": Policy((Edit("prompt", replace("eot")),)),
+    "pad-from-eot": Policy((Edit("pad", replace("eot")),)),
+    "prompt-pad-from-eot": Policy((Edit("prompt", replace("eot")), Edit("pad", replace("eot")))),
+    "prompt-eot-from-pad": Policy((Edit("prompt", replace("pad-mean")), Edit("eot", replace("pad-mean")))),
+    "ren:1.25": Policy((Edit("sot", logit_scale(1.25)), Edit("pad", exclude(), branch="both", roles_of="cond"))),
+    "none": Policy(),
+}
+
+
+@pytest.mark.parametrize("text", STRING_FORMS)
+def test_thirteen_presets(text):
+    policy = Policy.parse(text)
+    assert policy == STRING_FORMS[text]
+    assert str(policy) == text
+    assert Policy.parse(str(policy)) == policy
+    assert hash(policy) == hash(STRING_FORMS[text])
+
+
+def test_every_preset_has_its_string_form():
+    assert {text.partition(":")[0] for text in STRING_FORMS} == set(PRESETS)
+    assert len(STRING_FORMS) == 13
+
+
+def test_parameters():
+    assert Policy.parse("zero-pad") == Policy.parse("zero-pad:0.7")
+    assert Policy.parse("zero-pad:0.4").edits[0].fraction == 0.4
+    assert Policy.parse("ren") == Policy.parse("ren:1.25")
+    assert str(Policy.parse("zero-pad:0.123456789")) == "zero-pad:0.123456789"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("zero-pads", "unknown preset 'zero-pads'; the presets are swap-pad-zero-eot, swap-pad, zero-pad:r, zero-eot,"),
+        ("", "unknown preset ''; the presets are .*, ren:c, none"),
+        ("zero-pad:1.2", r"policy zero-pad:r: r must be in \[0, 1\], got 1.2"),
+        ("zero-pad:-0.1", r"policy zero-pad:r: r must be in \[0, 1\], got -0.1"),
+        ("zero-pad:nan", r"policy zero-pad:r: r must be in \[0, 1\], got nan"),
+        ("zero-pad:half", "policy zero-pad:r: r must be a number, got 'half'"),
+        ("ren:-1", "policy ren:c: c must be finite and not negative, got -1"),
+        ("ren:inf", "policy ren:c: c must be finite and not negative, got inf"),
+        ("zero-eot:0.5", "preset 'zero-eot' takes no parameter, got 'zero-eot:0.5'"),
+    ],
+)
+def test_parsing_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        Policy.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: Edit("title", zero()),
+            ValueError,
+            "role: 'title' is not a token role; use one of sot, prompt, eot, pad",
+        ),
+        (lambda: Edit("pad", zero), TypeError, r"action: expected an Action such as policy.zero\(\)"),
+        (
+            lambda: Edit("pad", zero(), branch="left"),
+            ValueError,
+            "branch: expected one of cond, uncond, both, got 'left'",
+        ),
+        (lambda: Edit("pad", zero(), fraction=1.5), ValueError, r"fraction: expected a number in \[0, 1\], got 1.5"),
+        (lambda: Edit("pad", zero(), order="odd"), ValueError, "order: expected one of first, last, even, random"),
+        (lambda: Edit("pad", zero(), steps=(0.5, 0.5)), ValueError, r"steps: expected from < to, got \(0.5, 0.5\)"),
+        (lambda: Edit("eot", replace("eot")), ValueError, "action: EOT cannot be replaced by itself"),
+        (lambda: replace("pad"), ValueError, "replace: PAD has many rows; use 'sot', 'eot', or a bank"),
+        (lambda: strength(1.1), ValueError, r"strength: expected a number in \[0, 1\], got 1.1"),
+        (lambda: logit_scale(float("inf")), ValueError, "logit_scale: expected a finite number, got inf"),
+        (lambda: logit_bias("much"), ValueError, "logit_bias: expected a finite number, got 'much'"),
+        (lambda: Policy("zero-pad"), TypeError, "edits: expected a sequence of Edit, got 'zero-pad'; see Policy.parse"),
+        (lambda: Policy([zero()]), TypeError, "edits: expected Edit, got Action"),
+        (lambda: Policy(reembed_pads=0), TypeError, "reembed_pads: expected a token such as '!', got 0"),
+        (
+            lambda: Policy([Edit("pad", zero(), fraction=0.5), Edit("pad", replace("eot"))]),
+            ValueError,
+            r"'replace\(eot\) PAD on cond' leaves nothing of 'zero first 0.5 of PAD on cond'",
+        ),
+        (lambda: Policy.of(3), TypeError, "policy: expected a Policy or a preset's name, got int"),
+    ],
+)
+def test_composition_is_validated_when_it_is_made(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_composition():
+    policy = Policy([Edit("pad", zero()), Edit(Role.PAD, keep(), fraction=0.25, order="last")], reembed_pads="!")
+    assert str(policy) == "pads as '!' + zero PAD on cond + keep last 0.25 of PAD on cond"
+    assert policy.touches("uncond")
+    assert not policy.edits_on("uncond")
+    assert Edit("eot", replace("pad-mean")).action.source is Bank.PAD_MEAN
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.reembed_pads = None
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (
+            Policy.parse("ren:1.25"),
+            r"policy 'ren:1.25' needs the attention stage.*logit_scale\(1.25\) on SOT.*exclude on PAD",
+        ),
+        (Policy([Edit("eot", logit_bias(1))]), r"logit_bias\(1\) on EOT acts on logits"),
+        (Policy([Edit("eot", zero(), layers=("mid",))]), "the edit of EOT has a window of layers"),
+        (Policy([Edit("eot", zero(), steps=(0, 0.5))]), "the edit of EOT has a window of steps"),
+        (Policy([Edit("pad", replace("pad-reembedded"))]), "keeps both encodings of the pads"),
+    ],
+)
+def test_what_the_embeds_stage_cannot_do(policy, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        policy.require_embeds_stage()
