@@ -77,11 +77,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _load(model: str | None, prompts: list[str]) -> Any:
+    import torch
+
     if model is None:
         from .demo import tiny_pipeline, train_tokenizer
 
+        torch.set_num_threads(1)  # its tensors are too small to share
         return tiny_pipeline(train_tokenizer([*prompts, "a picture of"]))
-    import torch
     from diffusers import DiffusionPipeline
 
     on_gpu = torch.cuda.is_available()
