@@ -108,23 +108,25 @@ def test_backends_agree_on_gradients():
         torch.testing.assert_close(grad, grads[0])
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_into_one_graph(dynamic):
+def test_compiles_into_one_graph(dynamic, backend):
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
     def edited(embeds, source, scale):
-        return ops.edit_embeds(embeds * 2, None, source, scale)
+        return ops.edit_embeds(embeds * 2, None, source, scale, backend=backend)
 
     for length in (77, 154):
         embeds, _, source, scale = sample((2, length, 8))
         assert torch.equal(edited(embeds, source, scale), ops.edit_embeds(embeds * 2, None, source, scale))
 
 
-def test_exports():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_exports(backend):
     embeds, _, source, scale = sample((2, 77, 8))
 
     class Edited(torch.nn.Module):
         def forward(self, embeds, source, scale):
-            return ops.edit_embeds(embeds, None, source, scale)
+            return ops.edit_embeds(embeds, None, source, scale, backend=backend)
 
     exported = torch.export.export(Edited(), (embeds, source, scale))
     assert torch.equal(exported.module()(embeds, source, scale), ops.edit_embeds(embeds, None, source, scale))

@@ -114,10 +114,11 @@ def test_gradcheck(backend, bank_rows):
     assert torch.autograd.gradcheck(edited, inputs)
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiles_into_one_graph(backend):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def edited(*arguments):
-        return ops.edit_kv(*arguments)
+        return ops.edit_kv(*arguments, backend=backend)
 
     arguments = sample(bank_rows=2)
     for out, right in zip(edited(*arguments), ops.edit_kv(*arguments), strict=True):

@@ -88,10 +88,11 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(embedded, (token_weight.requires_grad_(), more_positions.requires_grad_()))
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiles_into_one_graph(backend):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def embedded(ids, roles, token_weight, position_weight):
-        return ops.embed_tokens(ids, roles, token_weight, position_weight, 0)
+        return ops.embed_tokens(ids, roles, token_weight, position_weight, 0, backend=backend)
 
     *tensors, _ = sample()
     assert torch.equal(embedded(*tensors), ops.embed_tokens(*tensors, 0))

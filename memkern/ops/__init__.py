@@ -1,4 +1,8 @@
-"""Operators: `torch.ops.memkern.<name>`, and the validating functions of the same names here."""
+"""Operators: `torch.ops.memkern.<name>`, and the validating functions of the same names here.
+
+`backend="torch"` runs the reference in the open; any other calls the registered operator, which the dispatcher
+gives to the compiled library where that serves the tensors' device, and to the same reference where not.
+"""
 
 from .backends import BACKENDS
 from .edit_embeds import edit_embeds

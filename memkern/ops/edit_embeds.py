@@ -43,7 +43,8 @@ def edit_embeds(
     check_tensor("source", source, (batch, length), (torch.int32,), embeds.device)
     check_tensor("scale", scale, (batch, length), (torch.float32,), embeds.device)
     check_constant("scale", scale)
-    if backends.choose(backend, embeds.device) == "torch":
+    backends.choose(backend, embeds.device)
+    if backend == "torch":
         return edit_rows(embeds, bank, source, scale)
     return _op(embeds, bank, source, scale)  # type: ignore[no-any-return]
 

@@ -54,7 +54,8 @@ def edit_kv(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         check_tensor(name, scale, (batch, length), (torch.float32,), k.device)
         check_constant(name, scale)
-    if backends.choose(backend, k.device) == "torch":
+    backends.choose(backend, k.device)
+    if backend == "torch":
         return _reference(k, v, k_bank, v_bank, source, k_scale, v_scale)
     return _op(k, v, k_bank, v_bank, source, k_scale, v_scale)  # type: ignore[no-any-return]
 

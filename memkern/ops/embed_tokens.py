@@ -59,7 +59,8 @@ def embed_tokens(
         )
     if not 0 <= pad_id < token_weight.shape[0]:
         raise ValueError(f"pad_id: expected an id in [0, {token_weight.shape[0]}), got {pad_id}")
-    if backends.choose(backend, input_ids.device) == "torch":
+    backends.choose(backend, input_ids.device)
+    if backend == "torch":
         return _reference(input_ids, roles, token_weight, position_weight, pad_id)
     return _op(input_ids, roles, token_weight, position_weight, pad_id)  # type: ignore[no-any-return]
 

@@ -24,7 +24,7 @@ def edit_rows(rows: torch.Tensor, bank: torch.Tensor | None, source: torch.Tenso
         `[B, N, D]`.
 
     Raises:
-        IndexError: a source is out of range (on CPU; elsewhere torch's own gather reports it).
+        IndexError: a source is out of range (on CPU and not compiled; elsewhere torch's own gather reports it).
     """
     everything = rows if bank is None else torch.cat([rows, bank], 1)
     _check_source(source, everything.shape[1])
@@ -50,7 +50,7 @@ def edit_rows_backward(
 
 
 def _check_source(source: torch.Tensor, size: int) -> None:
-    if source.device.type == "cpu" and source.numel():
+    if source.device.type == "cpu" and source.numel() and not torch.compiler.is_compiling():
         low, high = int(source.min()), int(source.max())
         if low < 0 or high >= size:
             bad = low if low < 0 else high
