@@ -11,6 +11,8 @@ from . import backends
 from .checks import FLOATING, check_tensor
 from .library import register
 
+_PAD = int(Role.PAD)  # torch.compile does not trace comparisons with an enum
+
 
 def embed_tokens(
     input_ids: torch.Tensor,
@@ -72,7 +74,7 @@ def _reference(
     position_weight: torch.Tensor,
     pad_id: int,
 ) -> torch.Tensor:
-    ids = input_ids.masked_fill(roles == Role.PAD, pad_id)
+    ids = input_ids.masked_fill(roles == _PAD, pad_id)
     return torch.nn.functional.embedding(ids, token_weight) + position_weight[: ids.shape[1]]
 
 
@@ -97,7 +99,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     input_ids, roles = ctx.saved_tensors
     tokens, positions = ctx.sizes
     width = grad.shape[-1]
-    ids = input_ids.masked_fill(roles == Role.PAD, ctx.pad_id).reshape(-1)
+    ids = input_ids.masked_fill(roles == _PAD, ctx.pad_id).reshape(-1)
     token_grad = grad.new_zeros(tokens, width).index_add(0, ids, grad.reshape(-1, width))
     position_grad = torch.nn.functional.pad(grad.sum(0), (0, 0, 0, positions - grad.shape[1]))
     return None, None, token_grad, position_grad, None

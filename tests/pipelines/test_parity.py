@@ -31,6 +31,7 @@ PROMPTS = [
     "",
     "hi!",
     "cat " * 200,
+    "cat " * 76,
     "cat " * 75,
     "cat " * 74,
     "a ! b !! <|endoftext|> c",

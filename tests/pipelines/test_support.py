@@ -9,6 +9,7 @@ from diffusers.pipelines.ddpm import DDPMPipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import memkern
+from memkern.pipelines.text_encoder import clip_embeddings
 
 
 @pytest.mark.parametrize("thing", [None, 3, "a model", torch.nn.Linear(1, 1), object()], ids=str)
@@ -68,7 +69,7 @@ def test_refused_arguments_leave_nothing_behind(sd1, arguments, error, message):
     with pytest.raises(error, match=message):
         memkern.patch(sd1, **arguments)
     assert vars(sd1) == attributes
-    assert not sd1.text_encoder.embeddings._forward_pre_hooks
+    assert not clip_embeddings(sd1.text_encoder)._forward_pre_hooks
 
 
 @torch.no_grad()
