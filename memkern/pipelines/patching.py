@@ -61,19 +61,28 @@ class Patch:
         self.pipe = pipe
         self.prompts: dict[Branch, Encoded] = {}
         self._set(policy, backend, on_unknown)
-        self._hooked = support.embeddings_of(pipe)
         self._own_encode_prompt = vars(pipe).get("encode_prompt")
         self._encode_prompt = EncodePrompt(self, pipe.encode_prompt)
+        self._hooked: Any = None
         self._handle: Any = None
 
     def install(self) -> None:
         """Put both sites in place; if either fails, neither stays."""
-        self._handle = self._hooked.register_forward_pre_hook(PadSwapHook(self), with_kwargs=True)
+        self._hook()
         try:
             self.pipe.encode_prompt = self._encode_prompt
         except BaseException:
             self._handle.remove()
             raise
+
+    def _hook(self) -> None:
+        """Put the hook on the embedding layer that the pipeline has now."""
+        embeddings = support.embeddings_of(self.pipe)
+        if embeddings is not self._hooked:
+            handle = embeddings.register_forward_pre_hook(PadSwapHook(self), with_kwargs=True)
+            if self._handle is not None:
+                self._handle.remove()
+            self._hooked, self._handle = embeddings, handle
 
     @property
     def installed(self) -> bool:
@@ -113,6 +122,8 @@ class Patch:
     ) -> None:
         """Change what is in force, live; what is not named stays. Checked as in `patch` before it takes effect.
 
+        A text encoder that was exchanged since is hooked in place of the former one.
+
         Raises:
             RuntimeError: this patch was removed.
         """
@@ -123,6 +134,7 @@ class Patch:
             self.backend if backend is None else backend,
             self.on_unknown if on_unknown is None else on_unknown,
         )
+        self._hook()
 
     def _set(self, policy: Policy, backend: str, on_unknown: OnUnknown) -> None:
         policy.require_embeds_stage()
@@ -177,22 +189,21 @@ class Patch:
         """Edit what `encode_prompt` returned, (cond, uncond), by what it was called with and what it encoded."""
         given = {"cond": arguments["prompt_embeds"], "uncond": arguments["negative_prompt_embeds"]}
         guided = arguments["do_classifier_free_guidance"]
-        encoded = [branch for branch in BRANCHES if given[branch] is None and (branch == "cond" or guided)]
+        used = [branch for branch in BRANCHES if branch == "cond" or guided]
+        encoded = [branch for branch in used if given[branch] is None]
         if len(calls) != len(encoded):
             self.unknown(
                 f"encode_prompt called the text encoder {len(calls)} times where {len(encoded)} were expected, "
-                "so it is not known which call encoded the prompt"
+                "so it is not known which call encoded the prompt. If the text encoder was exchanged, patch again"
             )
             return tuple(outputs)
         self.prompts = dict(zip(encoded, calls, strict=True))
         results = list(outputs)
-        for index, branch in enumerate(BRANCHES):
+        for index, branch in enumerate(used):
             if branch in self.prompts:
                 results[index] = self._edited(outputs[index], self.prompts[branch], branch)
-            elif given[branch] is not None and (branch == "cond" or guided):
-                self._check_given(branch, given[branch])
-                if results[index] is not None:
-                    remember_edited(results[index], self.policy)
+            elif self._recognised(branch, given[branch]):
+                remember_edited(outputs[index], self.policy)
         return tuple(results)
 
     def _edited(self, embeds: torch.Tensor, encoded: Encoded, branch: Branch) -> torch.Tensor:
@@ -208,16 +219,18 @@ class Patch:
         remember_edited(edited, self.policy)
         return edited
 
-    def _check_given(self, branch: Branch, embeds: torch.Tensor) -> None:
+    def _recognised(self, branch: Branch, embeds: torch.Tensor) -> bool:
+        """Whether embeddings that were passed in need no edit; if not, the user is told."""
         edited = edited_under(embeds)
         if edited == self.policy or not self.policy.touches(branch):
-            return
+            return True
         name = "prompt_embeds" if branch == "cond" else "negative_prompt_embeds"
         state = "not made by memkern" if edited is None else f"edited under '{edited}'"
         self.unknown(
             f"{name} carries no token ids and is {state}, while '{self.policy}' is in force. Make it with the "
             "patched pipe.encode_prompt, patch.encoding or memkern.apply_policy, and pass that very tensor"
         )
+        return False
 
     def called_outside(self) -> None:
         """The text encoder was called, and not by the patched `encode_prompt`."""

@@ -9,7 +9,6 @@ from diffusers import DiffusionPipeline
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from ..policy import Policy
-from ..roles import CONTEXT_LENGTH
 from .encoding import Vocabulary
 from .text_encoder import clip_embeddings
 
@@ -66,8 +65,8 @@ def embeddings_of(pipe: Any) -> CLIPTextEmbeddings:
 def vocabulary(pipe: Any) -> Vocabulary:
     """The ids of the pipeline's tokenizer."""
     tokenizer = pipe.tokenizer
-    length = min(CONTEXT_LENGTH, embeddings_of(pipe).position_embedding.num_embeddings)
-    return Vocabulary(tokenizer.eos_token_id, tokenizer.pad_token_id, length)
+    positions = embeddings_of(pipe).position_embedding.num_embeddings
+    return Vocabulary(tokenizer.eos_token_id, tokenizer.pad_token_id, positions)
 
 
 def reembed_id(pipe: Any, policy: Policy) -> int | None:

@@ -220,6 +220,21 @@ def test_a_wrapper_put_over_ours_is_told(sd1):
     assert not memkern.status(sd1).patched
 
 
+def test_an_exchanged_text_encoder_is_told_and_patched_again(sd1):
+    memkern.patch(sd1)
+    before = context_of(sd1, "a cat")
+    former = sd1.text_encoder
+    sd1.text_encoder = copy.deepcopy(former)
+    clip_embeddings(sd1.text_encoder)._forward_pre_hooks.clear()
+    with pytest.raises(memkern.UnmitigatedError, match="called the text encoder 0 times .* exchanged, patch again"):
+        context_of(sd1, "a cat")
+    memkern.patch(sd1)
+    assert torch.equal(context_of(sd1, "a cat"), before)
+    assert not clip_embeddings(former)._forward_pre_hooks
+    memkern.unpatch(sd1)
+    assert not clip_embeddings(sd1.text_encoder)._forward_pre_hooks
+
+
 def test_a4_a_pipeline_that_shares_the_encoder_is_told(sd1):
     memkern.patch(sd1)
     other = StableDiffusionImg2ImgPipeline.from_pipe(sd1)

@@ -46,6 +46,9 @@ def test_warn_and_pass_leave_the_embeddings_alone(sd1, foreign):
     with memkern.patched(sd1, on_unknown="pass"), warnings.catch_warnings():
         warnings.simplefilter("error", memkern.UnmitigatedWarning)
         assert torch.equal(context_of(sd1, prompt_embeds=embeds, negative_prompt_embeds=embeds), plain)
+        passed, _ = sd1.encode_prompt(None, CPU, 1, False, prompt_embeds=embeds)
+    with memkern.patched(sd1), pytest.raises(memkern.UnmitigatedError, match="not made by memkern"):
+        context_of(sd1, prompt_embeds=passed)
 
 
 @torch.no_grad()
