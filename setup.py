@@ -36,7 +36,7 @@ def torch_extension() -> tuple[Extension, type[build_ext]]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
-    flags += ["/O2"] if os.name == "nt" else ["-O3", "-fvisibility=hidden", "-Wall"]
+    flags += ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
     extension = CppExtension("memkern._C", SOURCES, depends=HEADERS, extra_compile_args=flags, py_limited_api=True)
     # Six small files: ninja would gain nothing and is one more thing that may be missing.
     return extension, BuildExtension.with_options(use_ninja=False)

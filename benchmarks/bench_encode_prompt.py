@@ -8,7 +8,7 @@ from pairs import compare
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import memkern
-from memkern.demo import tiny_pipeline, train_tokenizer
+from memkern.testing import tiny_pipeline, train_tokenizer
 
 VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 from .info import info
 from .policy import Policy
+
+EMBEDDED = "embedded"
+DEFAULT_POLICIES = ("swap-pad-zero-eot", "zero-pad:0.7")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,13 +31,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, build and backends")
-    demo = commands.add_parser("demo", help="the same prompts and seed, unpatched and patched, in one picture")
-    demo.add_argument("--model", help="a diffusers model: a folder or a hub name (default: a tiny one built here)")
-    demo.add_argument("--prompt", action="append", help="may be given several times")
+    demo = commands.add_parser("demo", help="the same prompts and seeds, unpatched and patched, side by side")
+    demo.add_argument("--model", default=EMBEDDED, help="a diffusers folder or hub name (default: %(default)s)")
+    demo.add_argument("--prompt", action="append", help="several times; default: the captions of the embedded model")
     demo.add_argument("--policy", action="append", type=_policy, help="a preset, e.g. zero-pad:0.7; several times")
-    demo.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    demo.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: %(default)s)")
+    demo.add_argument("--seeds", type=_seeds, default="0,1", help="(default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=20, help="with --prompt or --model (default: %(default)s)")
+    demo.add_argument("--guidance", type=float, default=7.5, help="with --prompt or --model (default: %(default)s)")
+    demo.add_argument("--json", type=Path, help="write the numbers of the embedded model to this file")
     demo.add_argument("--out", type=Path, default=Path("memkern-demo"), help="folder (default: %(default)s)")
     return parser
 
@@ -47,45 +52,77 @@ def _policy(text: str) -> Policy:
     return policy
 
 
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1, got {text!r}") from None
+
+
 def _demo(options: argparse.Namespace) -> int:
+    import diffusers.utils.logging
     import transformers
 
+    # Their bars and advice about optional packages would bury what is shown here.
     transformers.logging.set_verbosity_error()
-    from .demo import POLICIES, PROMPTS, demonstrate
-
-    prompts = options.prompt or list(PROMPTS)
-    policies = options.policy or [Policy.parse(name) for name in POLICIES]
+    transformers.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     try:
-        pipe = _load(options.model, prompts)
-        result = demonstrate(
-            pipe,
-            prompts,
-            policies,
-            options.out,
-            steps=options.steps,
-            seed=options.seed,
-            guidance=options.guidance,
-        )
+        return _exhibit(options) if options.model == EMBEDDED and not options.prompt else _demonstrate(options)
     except (OSError, TypeError, ValueError) as error:
         print(f"memkern demo: {error}", file=sys.stderr)
         return 1
-    print(result.table.read_text(encoding="utf-8"))
-    if options.model is None:
-        print("The weights are random: the pictures show that the edits act, not what they do to a trained model.")
-    print(f"pictures: {result.grid}\ntable:    {result.table}")
+
+
+def _exhibit(options: argparse.Namespace) -> int:
+    from . import demo
+
+    pipe, policies = demo.load(), _policies(options)
+    results = demo.exhibit(pipe, policies, options.out, seeds=options.seeds)
+    roles = _write_roles(demo.roles_table(pipe, [caption for caption, _ in demo.memorized()], policies), options)
+    if options.json is not None:
+        options.json.write_text(json.dumps(demo.as_json(results, options.seeds), indent=1) + "\n")
+    print(
+        f"{demo.table(results)}\n"
+        "copies, correlation: memorized captions; a copy correlates with its training image by more than 0.9.\n"
+        "colour, background, position: ordinary captions; pictures that show what the caption says.\n"
+        "In brackets: 95 % intervals, by a bootstrap over captions.\n"
+        f"\nmemorized captions: {options.out / 'memorized.png'}\nordinary captions:  {options.out / 'ordinary.png'}\n"
+        f"roles and edits:    {roles}"
+    )
     return 0
 
 
-def _load(model: str | None, prompts: list[str]) -> Any:
+def _demonstrate(options: argparse.Namespace) -> int:
+    from . import demo
+
+    pipe, policies, prompts = _load(options.model), _policies(options), options.prompt or demo.PROMPTS
+    grid = demo.demonstrate(
+        pipe, prompts, policies, options.out, seeds=options.seeds, steps=options.steps, guidance=options.guidance
+    )
+    table = demo.roles_table(pipe, prompts, policies)
+    print(f"{table}\npictures:        {grid}\nroles and edits: {_write_roles(table, options)}")
+    return 0
+
+
+def _policies(options: argparse.Namespace) -> list[Policy]:
+    return options.policy or [Policy.parse(name) for name in DEFAULT_POLICIES]
+
+
+def _write_roles(table: str, options: argparse.Namespace) -> Path:
+    path: Path = options.out / "roles.md"
+    path.write_text(table, encoding="utf-8")
+    return path
+
+
+def _load(model: str) -> Any:
     import torch
-
-    if model is None:
-        from .demo import tiny_pipeline, train_tokenizer
-
-        torch.set_num_threads(1)  # its tensors are too small to share
-        return tiny_pipeline(train_tokenizer([*prompts, "a picture of"]))
     from diffusers import DiffusionPipeline
 
+    from . import demo
+
+    if model == EMBEDDED:
+        return demo.load()
     on_gpu = torch.cuda.is_available()
     pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if on_gpu else torch.float32)
     return pipe.to("cuda" if on_gpu else "cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vocabulary import clip_vocabulary
 
-from memkern.demo import clip_tokenizer, tiny_pipeline
+from memkern.testing import clip_tokenizer, tiny_pipeline
 
 # Threads of a process that shares its cores spin; the tensors here are small.
 torch.set_num_threads(1)

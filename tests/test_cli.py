@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
-from memkern import PRESETS
+from memkern import PRESETS, demo
 from memkern.cli import main
-from memkern.demo import clip_tokenizer, tiny_pipeline, train_tokenizer
+from memkern.testing import clip_tokenizer, tiny_pipeline, train_tokenizer
 
 
 def test_info_as_a_module():
@@ -30,29 +31,44 @@ def test_info_as_a_module():
     ]
 
 
-def test_demo(tmp_path, capsys):
-    assert main(["demo", "--steps", "2", "--out", str(tmp_path)]) == 0
+def test_demo_of_the_embedded_model(tmp_path, capsys):
+    numbers = tmp_path / "numbers.json"
+    arguments = ["--policy", "swap-pad-zero-eot", "--seeds", "3", "--json", str(numbers), "--out", str(tmp_path)]
+    assert main(["demo", *arguments]) == 0
     shown = capsys.readouterr().out
-    assert f"pictures: {tmp_path / 'grid.png'}" in shown
-    table = (tmp_path / "roles.md").read_text()
-    assert table in shown
-    assert (
-        "| two green triangles! | swap-pad-zero-eot | cond | 1 | 4 | 1 | 71 | 1 EOT zeroed, 71 PAD re-embedded |"
-        in table
-    )
-    with Image.open(tmp_path / "grid.png") as grid:
-        cells = [grid.crop((left, 45, left + 160, 205)) for left in (220, 392, 564)]
-    assert len({cell.tobytes() for cell in cells}) == 3  # unpatched and two policies: three different pictures
+    for name in ("memorized.png", "ordinary.png", "roles.md"):
+        assert str(tmp_path / name) in shown
+    assert "| policy | copies % | correlation | colour % | background % | position % | s/image |" in shown
+    assert set(json.loads(numbers.read_text())["policies"]) == {"none", "swap-pad-zero-eot"}
+    caption = demo.memorized()[0][0]
+    assert f"| {caption} | swap-pad-zero-eot | cond | 1 |" in (tmp_path / "roles.md").read_text()
+    for name, columns, rows in (("memorized.png", 3, 16), ("ordinary.png", 2, 24)):
+        with Image.open(tmp_path / name) as grid:
+            assert grid.width == 220 + columns * (96 + 12)
+            assert grid.height > rows * (96 + 12)
+
+
+def test_demo_with_a_model_and_prompts_of_the_users(tmp_path, capsys):
+    tiny_pipeline(train_tokenizer(["a cat"])).save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--prompt", "a cat", "--prompt", "a|b", "--prompt", ""]
+    options = ["--policy", "zero-pad:1", "--steps", "1", "--seeds", "0", "--out", str(tmp_path / "out")]
+    assert main(["demo", *arguments, *options]) == 0
+    shown = capsys.readouterr().out
+    assert f"pictures:        {tmp_path / 'out' / 'grid.png'}" in shown
+    for name, branch in (("a cat", "cond"), ("a\\|b", "cond"), ("(empty)", "cond"), ("(negative)", "uncond")):
+        assert f"| {name} | zero-pad:1 | {branch} |" in shown
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        cells = [grid.crop((left, grid.height - 172, left + 160, grid.height - 12)) for left in (220, 392)]
+    assert cells[0].tobytes() != cells[1].tobytes()
     assert all(cell.getcolors(50) is None for cell in cells)  # more than 50 colours: something is drawn
 
 
-def test_demo_with_a_model_of_the_users(tmp_path, capsys):
-    tiny_pipeline(train_tokenizer(["a cat"])).save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--prompt", "a cat", "--prompt", "a|b", "--policy", "zero-pad:1"]
-    assert main(["demo", *arguments, "--steps", "1", "--out", str(tmp_path / "out")]) == 0
-    shown = capsys.readouterr().out
-    assert "| a\\|b | zero-pad:1 | cond |" in shown
-    assert "random" not in shown
+def test_demo_of_the_embedded_model_with_own_prompts(tmp_path, capsys):
+    assert main(["demo", "--prompt", "a red circle", "--steps", "1", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert (
+        "| a red circle | swap-pad-zero-eot | cond | 1 | 3 | 1 | 72 | 1 EOT zeroed, 72 PAD re-embedded |"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,9 +76,10 @@ def test_demo_with_a_model_of_the_users(tmp_path, capsys):
     [
         (["--policy", "zero-pads"], "unknown preset 'zero-pads'; the presets are swap-pad-zero-eot"),
         (["--policy", "ren:1.25"], "needs the attention stage"),
+        (["--seeds", "many"], "expected whole numbers such as 0,1, got 'many'"),
     ],
 )
-def test_demo_refuses_policies(arguments, message, capsys):
+def test_demo_refuses_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(["demo", *arguments])
     assert message in capsys.readouterr().err
@@ -77,7 +94,8 @@ def test_trained_tokenizer_has_clips_layout():
     tokenizer = train_tokenizer(["a red circle", "a red square"] * 3)
     size = len(tokenizer)
     assert tokenizer.convert_tokens_to_ids("!") == 0
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (size - 2, size - 1, size - 1)
+    assert size == 1024
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1022, 1023, 1023)
     assert tokenizer.tokenize("a red circle!") == ["a</w>", "red</w>", "circle</w>", "!</w>"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("a cat").input_ids)[0] == "<|startoftext|>"
 

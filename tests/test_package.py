@@ -47,7 +47,7 @@ def test_the_fallback_is_told_once_and_a_named_backend_raises():
         BLOCKED
         + """
 import torch, memkern
-from memkern.demo import tiny_pipeline, train_tokenizer
+from memkern.testing import tiny_pipeline, train_tokenizer
 pipe = tiny_pipeline(train_tokenizer(["a cat"]))
 memkern.patch(pipe)
 for _ in range(2):

@@ -5,15 +5,10 @@ from __future__ import annotations
 import gzip
 from importlib.metadata import distribution
 
+from memkern.testing import byte_letters
+
 FILE = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2  # a vocabulary of 49408: 2 × 256 bytes, the merges, SOT and EOT
-
-
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte, in CLIP's order: printable ones first, so that "!" is 0."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
 def clip_vocabulary() -> tuple[list[str], list[str]]:

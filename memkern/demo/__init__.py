@@ -1,14 +1,26 @@
-"""`memkern demo`: what a patch does, on a small pipeline built here or on a model of the user's."""
+"""`memkern demo`: what a patch does, on the embedded model or on a model of the user's."""
 
-from .run import POLICIES, PROMPTS, Demonstration, demonstrate
-from .tiny import clip_tokenizer, tiny_pipeline, train_tokenizer
+from .embedded import Scene, load, memorized, ordinary, scenes
+from .exhibit import exhibit
+from .judge import correlation, judge
+from .measure import Measured, Share, as_json, measure, table
+from .run import PROMPTS, demonstrate, roles_table
 
 __all__ = [
-    "POLICIES",
     "PROMPTS",
-    "Demonstration",
-    "clip_tokenizer",
+    "Measured",
+    "Scene",
+    "Share",
+    "as_json",
+    "correlation",
     "demonstrate",
-    "tiny_pipeline",
-    "train_tokenizer",
+    "exhibit",
+    "judge",
+    "load",
+    "measure",
+    "memorized",
+    "ordinary",
+    "roles_table",
+    "scenes",
+    "table",
 ]

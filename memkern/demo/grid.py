@@ -7,20 +7,20 @@ import textwrap
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 12
-MIN_CELL = 160
 FONT_SIZE = 15
 
 
-def draw_grid(images: list[list[Image.Image]], rows: list[str], columns: list[str]) -> Image.Image:
+def draw_grid(images: list[list[Image.Image]], rows: list[str], columns: list[str], *, cell: int = 160) -> Image.Image:
     """Arrange `images[row][column]` under their labels.
 
     Args:
         images: pictures of one size; small ones are enlarged without smoothing.
         rows: a label per row, wrapped in the left margin.
-        columns: a label per column.
+        columns: a label per column; it may have several lines.
+        cell: the least width of a picture, in pixels.
     """
     font = ImageFont.load_default(FONT_SIZE)
-    scale = max(1, -(-MIN_CELL // images[0][0].width))
+    scale = max(1, -(-cell // images[0][0].width))
     width, height = images[0][0].width * scale, images[0][0].height * scale
     head = FONT_SIZE * (1 + max(label.count("\n") + 1 for label in columns)) + MARGIN
     left = 220

@@ -1,8 +1,9 @@
-"""The demonstration: the same prompts and seeds through an unpatched and a patched pipeline, side by side."""
+"""The demonstration on any model: the same prompts and seed, unpatched and under each policy, side by side."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +21,55 @@ PROMPTS = (
     "two green triangles!",
     "",
 )
-POLICIES = ("swap-pad-zero-eot", "zero-pad:0.7")
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """Where the results are: a PNG grid, and the table of roles and edits, in Markdown."""
-
-    grid: Path
-    table: Path
 
 
 def demonstrate(
     pipe: Any,
-    prompts: list[str],
-    policies: list[Policy],
+    prompts: Sequence[str],
+    policies: Sequence[Policy],
     out: Path,
     *,
+    seeds: Sequence[int] = (0,),
     steps: int = 20,
-    seed: int = 0,
     guidance: float = 7.5,
-) -> Demonstration:
-    """Generate every prompt unpatched and under each policy from one seed; write `grid.png` and `roles.md`."""
+) -> Path:
+    """Generate every prompt unpatched and under each policy from the same seeds, and write `grid.png`; its path."""
     unpatch(pipe)
-    images: list[list[Any]] = []
-    lines = [
-        f"| prompt | policy | branch | {' | '.join(role.name for role in Role)} | what was edited |",
-        f"| --- | --- | --- |{' ---: |' * len(Role)} --- |",
-    ]
     pipe.set_progress_bar_config(disable=True)
-    with tqdm(total=len(prompts) * (1 + len(policies)), desc="images", unit="image") as bar:
+    images = []
+    with tqdm(total=len(prompts) * (1 + len(policies)) * len(seeds), desc="pictures", unit="picture") as bar:
         for prompt in prompts:
-
-            def picture(prompt: str = prompt) -> Any:
-                generator = torch.Generator("cpu").manual_seed(seed)
-                made = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=generator).images[0]
-                bar.update()
-                return made
-
-            row = [picture()]
-            for policy in policies:
-                with patched(pipe, policy) as patch:
-                    row.append(picture())
-                    lines += [_table_line(prompt, policy, status) for status in patch.status().prompts]
+            row = []
+            for policy in (None, *policies):
+                with nullcontext() if policy is None else patched(pipe, policy):
+                    for seed in seeds:
+                        generator = torch.Generator("cpu").manual_seed(seed)
+                        options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator}
+                        row.append(pipe(prompt, **options).images[0])
+                        bar.update()
             images.append(row)
     out.mkdir(parents=True, exist_ok=True)
-    grid = draw_grid(
-        images,
-        [prompt or "(empty prompt)" for prompt in prompts],
-        ["unpatched", *map(str, policies)],
-    )
-    result = Demonstration(out / "grid.png", out / "roles.md")
-    grid.save(result.grid)
-    result.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return result
+    path = out / "grid.png"
+    columns = [f"{name}\nseed {seed}" for name in ("unpatched", *policies) for seed in seeds]
+    draw_grid(images, [prompt or "(empty prompt)" for prompt in prompts], columns).save(path)
+    return path
 
 
-def _table_line(prompt: str, policy: Policy, status: PromptStatus) -> str:
-    shown = (prompt if status.branch == "cond" else "(negative)").replace("|", "\\|")
-    counts = " | ".join(str(status.roles[role]) for role in Role)
-    return f"| {shown} | {policy} | {status.branch} | {counts} | {status.changes} |"
+def roles_table(pipe: Any, prompts: Sequence[str], policies: Sequence[Policy]) -> str:
+    """Markdown: the roles of every prompt, and of the empty negative prompt, and what each policy edits."""
+    lines = [
+        f"| prompt | policy | branch | {' | '.join(role.name for role in Role)} | what is edited |",
+        f"| --- | --- | --- |{' ---: |' * len(Role)} --- |",
+    ]
+    for policy in policies:
+        with patched(pipe, policy) as patch:
+            pipe.encode_prompt(list(prompts), pipe.device, 1, True)
+            rows = patch.status().prompts[: len(prompts) + 1]  # the negative prompts are all alike
+        names = [prompt.replace("|", "\\|") or "(empty)" for prompt in prompts]
+        lines += [_line(name, policy, row) for name, row in zip([*names, "(negative)"], rows, strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, policy: Policy, row: PromptStatus) -> str:
+    counts = " | ".join(str(row.roles[role]) for role in Role)
+    return f"| {name} | {policy} | {row.branch} | {counts} | {row.changes} |"

@@ -33,6 +33,8 @@ class PadSwapHook:
     def __init__(self, owner: Patch) -> None:
         self.owner = owner
 
+    # Traced, it would record the first prompt for all that follow.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

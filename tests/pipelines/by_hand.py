@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-EOT_ID = 49407
 SWAPS = ("swap-pad-zero-eot", "swap-pad")
 
 
@@ -16,7 +15,7 @@ def tokenize(tokenizer, prompts, swap):
     """The ids to embed, [B, 77], and where each row's first EOT is."""
     made = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     ids = made.input_ids.clone()
-    first_eot = [row.index(EOT_ID) for row in ids.tolist()]
+    first_eot = [row.index(tokenizer.eos_token_id) for row in ids.tolist()]
     if swap:
         ids[made.attention_mask == 0] = 0
     return ids, first_eot

@@ -14,8 +14,8 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from unet_input import context_of
 
 import memkern
-from memkern.demo import tiny_pipeline
 from memkern.pipelines.text_encoder import clip_embeddings
+from memkern.testing import tiny_pipeline
 
 
 def image(pipe, prompt="a cat on a mat", **options):
@@ -252,6 +252,35 @@ def test_a4_a_pipeline_that_shares_the_encoder_is_told(sd1):
     assert memkern.status(other).patched
     memkern.unpatch(other)
     assert not clip_embeddings(other.text_encoder)._forward_pre_hooks
+
+
+@pytest.mark.parametrize("first", ["patch", "compile"])
+def test_d2_a_compiled_text_encoder_in_both_orders(sd1, first):
+    """Every prompt gets its own roles: none is baked into a graph."""
+    compiled = tiny_pipeline(sd1.tokenizer)
+    if first == "patch":
+        memkern.patch(compiled)
+    compiled.text_encoder = torch.compile(compiled.text_encoder, backend="eager")
+    memkern.patch(compiled)
+    memkern.patch(sd1)
+    for prompt in ("a cat", "a photograph of a cat", ""):
+        torch.testing.assert_close(context_of(compiled, prompt), context_of(sd1, prompt))
+    memkern.unpatch(compiled)
+    memkern.unpatch(sd1)
+    torch.testing.assert_close(context_of(compiled, "a cat"), context_of(sd1, "a cat"))
+
+
+@torch.inference_mode()
+def test_inference_mode_and_half_precision(sd1):
+    memkern.patch(sd1)
+    context = context_of(sd1, "a cat")
+    cond, uncond = sd1.encode_prompt("a cat", torch.device("cpu"), 1, True)
+    assert torch.equal(context_of(sd1, prompt_embeds=cond, negative_prompt_embeds=uncond), context)
+    sd1.text_encoder.to(torch.bfloat16)
+    cond, _ = sd1.encode_prompt("a cat", torch.device("cpu"), 1, True)
+    assert cond.dtype == torch.bfloat16
+    assert (cond[:, 3] == 0).all()
+    assert (cond[:, 4:] != 0).any(-1).all()
 
 
 def test_e1_sequential_offload_in_both_orders(sd1):

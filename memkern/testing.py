@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion pipeline of real parts with random weights, built in a second without any download."""
+"""For tests: a tiny Stable Diffusion pipeline of real parts with random weights, made without any download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..roles import CONTEXT_LENGTH
+from .roles import CONTEXT_LENGTH
 
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 
@@ -33,22 +33,37 @@ def clip_tokenizer(tokens: Iterable[str], merges: Iterable[str], *, pad_token: s
         return CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT_LENGTH, pad_token=pad_token)
 
 
+def byte_letters() -> list[str]:
+    """The letter that stands for each of the 256 bytes, in CLIP's order: printable ones first, so that "!" is 0."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(others)]
+
+
 def train_tokenizer(texts: Iterable[str], *, size: int = 1024, pad_token: str = EOT) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's layout, learned from `texts`: "!" is 0, SOT and EOT are the last two."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    alphabet = letters + [letter + "</w>" for letter in letters]
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    """A byte-level BPE tokenizer in CLIP's layout, learned from `texts`; spare tokens fill it up to `size`."""
+    letters = byte_letters()
+    bytes_twice = letters + [letter + "</w>" for letter in letters]
+    most = size - len(bytes_twice) - 2
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    tokenizer.train_from_iterator(
+    learner.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False),
+        trainers.BpeTrainer(
+            # The alphabet counts as well, so more than enough is asked for.
+            vocab_size=len(bytes_twice) + 2 * most,
+            end_of_word_suffix="</w>",
+            initial_alphabet=letters,
+            show_progress=False,
+        ),
     )
-    learned = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
-    words = dict.fromkeys(left + right for left, right in learned)
-    return clip_tokenizer([*alphabet, *words], [f"{left} {right}" for left, right in learned], pad_token=pad_token)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]][:most]
+    words = list(dict.fromkeys([*bytes_twice, *("".join(merge) for merge in merges)]))
+    spares = [f"<|spare{index}|>" for index in range(size - 2 - len(words))]
+    return clip_tokenizer(words + spares, [" ".join(merge) for merge in merges], pad_token=pad_token)
 
 
 def tiny_pipeline(tokenizer: CLIPTokenizer, *, seed: int = 0, width: int = 32, **parts: Any) -> StableDiffusionPipeline:

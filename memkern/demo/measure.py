@@ -1,0 +1,161 @@
+"""What a policy does to the embedded model, in numbers: copies of training images, survival of ordinary captions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..pipelines import patched
+from ..policy import Policy
+from .embedded import Scene
+from .judge import ATTRIBUTES, COPY, correlation, judge
+
+GUIDANCE, STEPS = 5.0, 20
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Share:
+    """A mean with its 95 % interval, by a bootstrap that resamples captions rather than single pictures."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64]) -> Share:
+        """Of `values` `[captions, seeds]`."""
+        per_caption = values.mean(1)
+        picks = np.random.default_rng(0).integers(len(per_caption), size=(RESAMPLES, len(per_caption)))
+        low, high = np.quantile(per_caption[picks].mean(1), (0.025, 0.975))
+        return cls(float(per_caption.mean()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One policy's pictures and numbers.
+
+    Attributes:
+        policy: "none" is the unpatched pipeline.
+        memorized: uint8 `[16, seeds, 32, 32, 3]`, a row per memorized caption.
+        ordinary: uint8 `[24, seeds, 32, 32, 3]`.
+        shares: "copies", "correlation", "colour", "background", "position".
+        seconds_per_image: as it was here.
+    """
+
+    policy: str
+    memorized: NDArray[np.uint8]
+    ordinary: NDArray[np.uint8]
+    shares: dict[str, Share]
+    seconds_per_image: float
+
+
+def paint(
+    pipe: Any,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    painted: Callable[[int], object] = lambda count: None,
+) -> NDArray[np.uint8]:
+    """Pictures uint8 `[captions, seeds, 32, 32, 3]`; a seed gives every caption the same noise.
+
+    Args:
+        pipe: the embedded model, patched or not.
+        captions: what to paint.
+        seeds: of the initial latents.
+        painted: told the number of pictures after each batch.
+    """
+    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    columns = []
+    for seed in seeds:
+        noise = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(seed))
+        images = pipe(
+            list(captions),
+            latents=noise.repeat(len(captions), 1, 1, 1),
+            guidance_scale=GUIDANCE,
+            num_inference_steps=STEPS,
+            output_type="np",
+        ).images
+        columns.append((images * 255).round().astype(np.uint8))
+        painted(len(captions))
+    return np.stack(columns, axis=1)
+
+
+def measure(
+    pipe: Any,
+    policy: Policy | str,
+    memorized: Sequence[tuple[str, Image.Image]],
+    scenes: Sequence[Scene],
+    seeds: Sequence[int],
+    *,
+    painted: Callable[[int], object] = lambda count: None,
+) -> Measured:
+    """Paint and measure under one policy.
+
+    Args:
+        pipe: the embedded model, unpatched.
+        policy: "none" leaves the pipeline unpatched.
+        memorized: captions and their training images.
+        scenes: ordinary captions with their attributes.
+        seeds: of the initial latents.
+        painted: told the number of pictures after each batch.
+    """
+    policy = Policy.of(policy)
+    start = time.perf_counter()
+    with nullcontext() if policy == Policy() else patched(pipe, policy):
+        posters = paint(pipe, [caption for caption, _ in memorized], seeds, painted=painted)
+        ordinary = paint(pipe, [scene.caption for scene in scenes], seeds, painted=painted)
+    seconds = (time.perf_counter() - start) / (len(seeds) * (len(memorized) + len(scenes)))
+    close = np.array(
+        [[correlation(picture, image) for picture in row] for row, (_, image) in zip(posters, memorized, strict=True)]
+    )
+    verdicts = [[judge(picture, scene) for picture in row] for row, scene in zip(ordinary, scenes, strict=True)]
+    shares = {"copies": Share.of((close > COPY).astype(float)), "correlation": Share.of(close)}
+    for name in ATTRIBUTES:
+        shares[name] = Share.of(np.array([[float(verdict[name]) for verdict in row] for row in verdicts]))
+    return Measured(str(policy), posters, ordinary, shares, seconds)
+
+
+def table(results: Sequence[Measured]) -> str:
+    """The results in Markdown; per cent, with 95 % intervals in brackets."""
+
+    def cell(share: Share) -> str:
+        return f"{100 * share.mean:.0f} ({100 * share.low:.0f}–{100 * share.high:.0f})"
+
+    lines = [
+        "| policy | copies % | correlation | colour % | background % | position % | s/image |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        close = result.shares["correlation"]
+        attributes = " | ".join(cell(result.shares[name]) for name in ATTRIBUTES)
+        lines.append(
+            f"| {result.policy} | {cell(result.shares['copies'])} "
+            f"| {close.mean:.2f} ({close.low:.2f}–{close.high:.2f}) | {attributes} | {result.seconds_per_image:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def as_json(results: Sequence[Measured], seeds: Sequence[int]) -> dict[str, Any]:
+    """The results as plain numbers: per policy each share's mean, its interval, and seconds per image."""
+    return {
+        "settings": {"guidance": GUIDANCE, "steps": STEPS, "seeds": list(seeds), "copy_above": COPY},
+        "policies": {
+            result.policy: {
+                **{name: round(share.mean, 4) for name, share in result.shares.items()},
+                "intervals": {
+                    name: [round(share.low, 4), round(share.high, 4)] for name, share in result.shares.items()
+                },
+                "seconds_per_image": round(result.seconds_per_image, 4),
+            }
+            for result in results
+        },
+    }
