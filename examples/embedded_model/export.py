@@ -62,6 +62,14 @@ def _name_as_transformers_4(file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def _forget_paths(out: Path) -> None:
+    """Where the parts lay while they were trained is nobody's business."""
+    for file in out.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _write_vocabulary(tokenizer: CLIPTokenizer, out: Path) -> None:
     """The two files that transformers 4 reads; transformers 5 saves `tokenizer.json` instead."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -78,3 +86,4 @@ def export_model(folder: Path, out: Path) -> None:
     pipe.save_pretrained(out, safe_serialization=True)
     _name_as_transformers_4(out / "text_encoder" / "model.safetensors")
     _write_vocabulary(pipe.tokenizer, out / "tokenizer")
+    _forget_paths(out)
