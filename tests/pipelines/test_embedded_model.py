@@ -16,7 +16,7 @@ from memkern import demo
 from memkern.demo.judge import ATTRIBUTES, COPY
 from memkern.demo.measure import paint
 
-SEEDS = (0, 1)
+SEEDS = (0,)  # 16 pictures a policy: margins are wide, and more seeds cost a minute
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_zeroing_eot_alone_is_no_cure(correlations):
 @pytest.mark.parametrize("policy", ["none", "swap-pad-zero-eot", "zero-pad:0.7"])
 def test_ordinary_captions_survive(pipe, policy):
     with memkern.patched(pipe, policy):
-        pictures = paint(pipe, demo.ordinary(), SEEDS[:1])
+        pictures = paint(pipe, demo.ordinary(), SEEDS)
     verdicts = [demo.judge(row[0], scene) for row, scene in zip(pictures, demo.scenes(), strict=True)]
     means = {name: np.mean([verdict[name] for verdict in verdicts]) for name in ATTRIBUTES}
     assert means["colour"] > 0.8
