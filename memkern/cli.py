@@ -96,6 +96,8 @@ def _exhibit(options: argparse.Namespace) -> int:
 def _demonstrate(options: argparse.Namespace) -> int:
     from . import demo
 
+    if options.json is not None:
+        raise ValueError("--json: there are numbers for the captions of the embedded model only")
     pipe, policies, prompts = _load(options.model), _policies(options), options.prompt or demo.PROMPTS
     grid = demo.demonstrate(
         pipe, prompts, policies, options.out, seeds=options.seeds, steps=options.steps, guidance=options.guidance

@@ -55,9 +55,7 @@ def apply_policy(
                 f"PAD positions whose id is not {reembed_id}. Encode with that id there "
                 "(`patch.encoding` does), or use a policy without it, such as 'zero-pad:0.7'"
             )
-    edited = edit_embeddings(embeds, roles, policy, branch, context_length=context_length, backend=backend)
-    remember_edited(edited, policy)
-    return edited
+    return edit_embeddings(embeds, roles, policy, branch, context_length=context_length, backend=backend)
 
 
 def edit_embeddings(
@@ -71,12 +69,14 @@ def edit_embeddings(
 ) -> torch.Tensor:
     """Apply the policy's edits (not its re-embedding) to `embeds` `[B·n, L, D]` with `roles` `[B, L]`.
 
-    The plan is made where the roles are, usually on the host; embeddings on a device are not waited for.
+    The plan is made where the roles are, usually on the host; embeddings on a device are not waited for. The
+    result, which is `embeds` itself where there is nothing to edit, is remembered as edited.
     """
-    if not policy.edits_on(branch):
-        return embeds
     if embeds.dim() != 3 or embeds.shape[1] != roles.shape[1] or embeds.shape[0] % max(1, roles.shape[0]):
         raise ValueError(f"embeds: expected [B·n, L, D] for roles {list(roles.shape)}, got {list(embeds.shape)}")
+    if not policy.edits_on(branch):
+        remember_edited(embeds, policy, branch)
+        return embeds
     plan = lower(policy, roles, branch, context_length=context_length)
     images = embeds.shape[0] // max(1, roles.shape[0])
     source, scale = (
@@ -86,7 +86,9 @@ def edit_embeddings(
     if any(edit.action.source is Bank.PAD_MEAN for edit in policy.edits_on(branch)):
         spread = roles.repeat_interleave(images, 0).to(embeds.device, non_blocking=True)
         bank = pad_mean(embeds, spread, context_length=context_length)
-    return ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+    edited = ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+    remember_edited(edited, policy, branch)
+    return edited
 
 
 def count_edits(plan: Plan, roles: torch.Tensor) -> list[dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +12,6 @@ from memkern.testing import clip_tokenizer, tiny_pipeline
 
 # Threads of a process that shares its cores spin; the tensors here are small.
 torch.set_num_threads(1)
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)

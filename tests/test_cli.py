@@ -11,7 +11,7 @@ from PIL import Image
 
 from memkern import PRESETS, demo
 from memkern.cli import main
-from memkern.testing import clip_tokenizer, tiny_pipeline, train_tokenizer
+from memkern.testing import tiny_pipeline, train_tokenizer
 
 
 def test_info_as_a_module():
@@ -85,6 +85,11 @@ def test_demo_refuses_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_demo_has_numbers_of_the_embedded_model_only(tmp_path, capsys):
+    assert main(["demo", "--prompt", "a cat", "--json", str(tmp_path / "x.json"), "--out", str(tmp_path)]) == 1
+    assert "--json: there are numbers for the captions of the embedded model only" in capsys.readouterr().err
+
+
 def test_demo_says_what_is_wrong_with_a_model(tmp_path, capsys):
     assert main(["demo", "--model", str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 1
     assert "memkern demo:" in capsys.readouterr().err
@@ -107,7 +112,6 @@ def test_real_vocabulary_gives_clips_ids(tokenizers):
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert (tokenizer.convert_tokens_to_ids("!"), tokenizer("!").input_ids[1]) == (0, 256)
     assert tokenizers["sd2"].pad_token_id == 0
-    assert clip_tokenizer.__doc__
 
 
 def test_readme_lists_every_preset():

@@ -128,6 +128,13 @@ def test_windows_replace_by_their_own_rows():
     assert mean.source[0, 78:84].unique().tolist() == [154 + 1]
 
 
+def test_re_embedded_pads_follow_the_means_in_the_bank():
+    roles = torch.cat([roles_of(75), roles_of(5)], 1)  # one row of two windows: L = 154, W = 2
+    plan = lower(Policy([Edit("pad", replace("pad-reembedded"))]), roles, "cond")
+    own = torch.arange(154, dtype=torch.int32)
+    assert torch.equal(plan.source[0], torch.where(roles[0] == Role.PAD, own + 154 + 2, own))
+
+
 def test_later_edits_win_and_logits_compose():
     plan = lower(
         Policy(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..roles import Role, padding_positions, token_roles
+from ..roles import padding_positions, token_roles
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,10 @@ class Encoded:
     """What one text-encoder call encoded.
 
     Attributes:
-        input_ids: int64 `[B, L]` on the host, before any swap.
         roles: uint8 `[B, L]` on the host.
         reembedded: bool `[B, L]`, the positions whose id was swapped.
     """
 
-    input_ids: torch.Tensor
     roles: torch.Tensor
     reembedded: torch.Tensor
 
@@ -48,12 +46,15 @@ class Encoding:
     calls: list[Encoded] = field(default_factory=list)
 
     def observe(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Record a call and return the ids to embed: `input_ids` with its padding swapped, where it is to be."""
+        """Record a call and return the ids to embed: `input_ids` `[…, L]`, its padding swapped where it is to be.
+
+        This copies the ids to the host: one sync per text-encoder call, none in the denoising loop.
+        """
         ids = input_ids.detach().reshape(-1, input_ids.shape[-1]).to("cpu", torch.int64)
         words = self.vocabulary
         roles = token_roles(ids, eos_token_id=words.eos_token_id, context_length=words.context_length)
         if self.reembed_id is None or self.reembed_id == words.pad_token_id:
-            self.calls.append(Encoded(ids, roles, torch.zeros_like(roles, dtype=torch.bool)))
+            self.calls.append(Encoded(roles, torch.zeros_like(roles, dtype=torch.bool)))
             return input_ids
         padding = padding_positions(
             ids,
@@ -63,7 +64,7 @@ class Encoding:
             attention_mask=self._attention_mask(ids),
             context_length=words.context_length,
         )
-        self.calls.append(Encoded(ids, roles, padding))
+        self.calls.append(Encoded(roles, padding))
         return input_ids.masked_fill(padding.reshape(input_ids.shape).to(input_ids.device), self.reembed_id)
 
     def _attention_mask(self, ids: torch.Tensor) -> torch.Tensor | None:
@@ -115,8 +116,3 @@ def entered(encoding: Encoding) -> Iterator[Encoding]:
         yield encoding
     finally:
         _CURRENT.reset(token)
-
-
-def role_counts(roles: torch.Tensor) -> list[dict[Role, int]]:
-    """For each row of uint8 `[B, L]` roles, how many positions of each role it has."""
-    return [{role: int((row == role).sum()) for role in Role} for row in roles]

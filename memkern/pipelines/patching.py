@@ -19,7 +19,7 @@ import torch
 
 from ..embeddings import edit_embeddings
 from ..errors import UnmitigatedError, UnmitigatedWarning
-from ..ledger import edited_under, remember_edited
+from ..ledger import recall_edited, remember_edited
 from ..ops import backends
 from ..policy import BRANCHES, Branch, Policy
 from . import encoding, support
@@ -54,12 +54,11 @@ class Patch:
         policy: the `Policy` in force.
         backend: the operators' backend, as asked for.
         on_unknown: what happens when a prompt cannot be classified: "raise", "warn" or "pass".
-        prompts: what the last `encode_prompt` encoded, by branch.
+        prompts: what was encoded last under what is in force now, by branch.
     """
 
     def __init__(self, pipe: Any, policy: Policy, backend: str, on_unknown: OnUnknown) -> None:
         self.pipe = pipe
-        self.prompts: dict[Branch, Encoded] = {}
         self._set(policy, backend, on_unknown)
         self._own_encode_prompt = vars(pipe).get("encode_prompt")
         self._encode_prompt = EncodePrompt(self, pipe.encode_prompt)
@@ -143,6 +142,7 @@ class Patch:
         backends.choose(backend, torch.device("cpu"))
         support.reembed_id(self.pipe, policy)
         self.policy, self.backend, self.on_unknown = policy, backend, on_unknown
+        self.prompts: dict[Branch, Encoded] = {}
 
     def status(self) -> Status:
         """What is in force, where, and what the last prompts were."""
@@ -151,6 +151,7 @@ class Patch:
     @contextmanager
     def observing(self) -> Iterator[Encoding]:
         """See every text-encoder call inside, its pads swapped as the policy wants, and the tokenizer's masks."""
+        self.prompts = {}
         seen = Encoding(self, support.vocabulary(self.pipe), support.reembed_id(self.pipe, self.policy))
         attributes = vars(self.pipe)
         tokenizer = attributes["tokenizer"]
@@ -197,18 +198,19 @@ class Patch:
                 "so it is not known which call encoded the prompt. If the text encoder was exchanged, patch again"
             )
             return tuple(outputs)
-        self.prompts = dict(zip(encoded, calls, strict=True))
+        call_of = dict(zip(encoded, calls, strict=True))
         results = list(outputs)
         for index, branch in enumerate(used):
-            if branch in self.prompts:
-                results[index] = self._edited(outputs[index], self.prompts[branch], branch)
+            if branch in call_of:
+                results[index] = self._edited(outputs[index], call_of[branch], branch)
             elif self._recognised(branch, given[branch]):
-                remember_edited(outputs[index], self.policy)
+                remember_edited(outputs[index], self.policy, branch)
         return tuple(results)
 
     def _edited(self, embeds: torch.Tensor, encoded: Encoded, branch: Branch) -> torch.Tensor:
         backends.tell_fallback(embeds.device)
-        edited = edit_embeddings(
+        self.prompts[branch] = encoded
+        return edit_embeddings(
             embeds,
             encoded.roles,
             self.policy,
@@ -216,16 +218,14 @@ class Patch:
             context_length=support.vocabulary(self.pipe).context_length,
             backend=self.backend,
         )
-        remember_edited(edited, self.policy)
-        return edited
 
     def _recognised(self, branch: Branch, embeds: torch.Tensor) -> bool:
         """Whether embeddings that were passed in need no edit; if not, the user is told."""
-        edited = edited_under(embeds)
-        if edited == self.policy or not self.policy.touches(branch):
+        edited = recall_edited(embeds)
+        if edited == (self.policy, branch) or not self.policy.touches(branch):
             return True
         name = "prompt_embeds" if branch == "cond" else "negative_prompt_embeds"
-        state = "not made by memkern" if edited is None else f"edited under '{edited}'"
+        state = "not made by memkern" if edited is None else f"edited as {edited.branch} under '{edited.policy}'"
         self.unknown(
             f"{name} carries no token ids and is {state}, while '{self.policy}' is in force. Make it with the "
             "patched pipe.encode_prompt, patch.encoding or memkern.apply_policy, and pass that very tensor"

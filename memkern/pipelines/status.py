@@ -13,7 +13,7 @@ from ..plan import lower
 from ..policy import Branch, Policy
 from ..roles import Role
 from . import support
-from .encoding import Encoded, role_counts
+from .encoding import Encoded
 
 if TYPE_CHECKING:
     from .patching import Patch
@@ -104,12 +104,9 @@ def describe(encoded: Encoded, policy: Policy, branch: Branch, context_length: i
     """What `policy` does to each row of one text-encoder call."""
     plan = lower(policy, encoded.roles, branch, context_length=context_length)
     return [
-        PromptStatus(branch, roles, edited, int(reembedded.sum()))
+        PromptStatus(branch, {role: int((roles == role).sum()) for role in Role}, edited, int(reembedded.sum()))
         for roles, edited, reembedded in zip(
-            role_counts(encoded.roles),
-            count_edits(plan, encoded.roles),
-            encoded.reembedded,
-            strict=True,
+            encoded.roles, count_edits(plan, encoded.roles), encoded.reembedded, strict=True
         )
     ]
 

@@ -73,6 +73,20 @@ def test_refused_arguments_leave_nothing_behind(sd1, arguments, error, message):
 
 
 @torch.no_grad()
+def test_status_tells_only_what_happened(sd1):
+    """Never a prompt under a policy that it was not encoded under, nor the one before a prompt it could not read."""
+    patch = memkern.patch(sd1, "zero-eot", on_unknown="pass")
+    cond, _ = sd1.encode_prompt("a cat", torch.device("cpu"), 1, False)
+    assert patch.status().prompts[0].edited == {"EOT zeroed": 1}
+    patch.update("zero-pad:1")
+    assert not patch.status().prompts
+    sd1.encode_prompt("a cat", torch.device("cpu"), 1, False)
+    assert patch.status().prompts[0].edited == {"PAD zeroed": 73}
+    sd1.encode_prompt(None, torch.device("cpu"), 1, False, prompt_embeds=cond)
+    assert not patch.status().prompts
+
+
+@torch.no_grad()
 def test_status_says_what_is_in_force(pipe, family):
     assert str(memkern.status(pipe)) == "memkern: not patched"
     memkern.patch(pipe)

@@ -87,13 +87,29 @@ def test_recognition_is_of_that_very_tensor_and_policy(sd1):
         with pytest.raises(memkern.UnmitigatedError, match="not made by memkern"):
             context_of(sd1, prompt_embeds=other)
     patch.update("zero-pad:0.7")
-    with pytest.raises(memkern.UnmitigatedError, match="is edited under 'zero-eot', while 'zero-pad:0.7' is in force"):
+    with pytest.raises(memkern.UnmitigatedError, match="as cond under 'zero-eot', while 'zero-pad:0.7' is in force"):
         context_of(sd1, prompt_embeds=cond, negative_prompt_embeds=uncond)
     patch.update("zero-eot")
     context_of(sd1, prompt_embeds=cond, negative_prompt_embeds=uncond)
     cond.mul_(2)
     with pytest.raises(memkern.UnmitigatedError, match="not made by memkern"):
         context_of(sd1, prompt_embeds=cond, negative_prompt_embeds=uncond)
+
+
+@torch.no_grad()
+def test_embeddings_of_the_other_branch_are_not_vouched_for(sd1, foreign):
+    """What was left alone as a negative prompt is not protected as a prompt."""
+    memkern.patch(sd1, "zero-eot")
+    _, uncond = sd1.encode_prompt("a cat", CPU, 1, True, "a cat")
+    with pytest.raises(memkern.UnmitigatedError, match="is edited as uncond under 'zero-eot'"):
+        context_of(sd1, prompt_embeds=uncond, negative_prompt_embeds=uncond)
+    untouched = memkern.apply_policy(*foreign, "zero-eot", branch="uncond")
+    with pytest.raises(memkern.UnmitigatedError):
+        context_of(sd1, prompt_embeds=untouched, negative_prompt_embeds=uncond)
+    memkern.patch(sd1, "swap-pad-zero-eot")
+    _, uncond = sd1.encode_prompt("a cat", CPU, 1, True, "a cat")
+    with pytest.raises(memkern.UnmitigatedError, match="edited as uncond under 'swap-pad-zero-eot'"):
+        context_of(sd1, prompt_embeds=uncond, negative_prompt_embeds=uncond)
 
 
 @torch.no_grad()
