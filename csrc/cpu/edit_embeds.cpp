@@ -29,13 +29,10 @@ Tensor edit_embeds(Tensor embeds, std::optional<Tensor> bank, Tensor source, Ten
     const Rows<scalar_t> from = view_rows<scalar_t>(rows);
     const Rows<scalar_t> from_bank = view_rows<scalar_t>(extra);
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
-    torch::stable::parallel_for(0, count, rows_per_thread(width, sizeof(scalar_t)),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    edit_row(from, from_bank, length, i / length, source_data[i],
-                                             scale_data[i], out_data + i * width, width);
-                                  }
-                                });
+    torch::stable::parallel_for(
+        0, count, rows_per_thread(width, sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
+          edit_rows(from, from_bank, length, source_data, scale_data, out_data, width, begin, end);
+        });
   });
   return out;
 }

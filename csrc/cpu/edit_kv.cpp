@@ -48,15 +48,11 @@ std::tuple<Tensor, Tensor> edit_kv(Tensor k, Tensor v, std::optional<Tensor> k_b
     const Rows<scalar_t> v_from_bank = view_rows<scalar_t>(v_extra);
     scalar_t* k_data = k_out.mutable_data_ptr<scalar_t>();
     scalar_t* v_data = v_out.mutable_data_ptr<scalar_t>();
-    torch::stable::parallel_for(0, count, rows_per_thread(2 * width, sizeof(scalar_t)),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    edit_row(k_from, k_from_bank, length, i / length, source_data[i],
-                                             k_scale_data[i], k_data + i * width, width);
-                                    edit_row(v_from, v_from_bank, length, i / length, source_data[i],
-                                             v_scale_data[i], v_data + i * width, width);
-                                  }
-                                });
+    torch::stable::parallel_for(
+        0, count, rows_per_thread(2 * width, sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
+          edit_rows(k_from, k_from_bank, length, source_data, k_scale_data, k_data, width, begin, end);
+          edit_rows(v_from, v_from_bank, length, source_data, v_scale_data, v_data, width, begin, end);
+        });
   });
   return {k_out, v_out};
 }

@@ -84,6 +84,21 @@ inline int64_t add8(const Half*, const Half*, Half*, int64_t) { return 0; }
 
 }  // namespace
 
+MEMKERN_COPY_LOOP void copy(const void* in, void* out, int64_t bytes) {
+  const auto* from = static_cast<const unsigned char*>(in);
+  auto* to = static_cast<unsigned char*>(out);
+  for (int64_t i = 0; i < bytes; ++i) {
+    to[i] = from[i];
+  }
+}
+
+MEMKERN_COPY_LOOP void zero(void* out, int64_t bytes) {
+  auto* to = static_cast<unsigned char*>(out);
+  for (int64_t i = 0; i < bytes; ++i) {
+    to[i] = 0;
+  }
+}
+
 #define MEMKERN_DEFINE_LOOPS(T)                                                \
   MEMKERN_CLONES void multiply(const T* in, float factor, T* out, int64_t n) { \
     multiply_loop(in, factor, out, 0, n);                                      \

@@ -2,8 +2,8 @@
 // Arithmetic is float (double for double), rounded once, as in the torch reference.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "numeric.h"
 
@@ -23,20 +23,35 @@ struct Rows {
 template <typename T>
 void scale_row(const T* row, float scale, T* out, int64_t width) {
   if (scale == 0.0f) {
-    std::memset(out, 0, static_cast<size_t>(width) * sizeof(T));
+    zero(out, width * static_cast<int64_t>(sizeof(T)));
   } else if (scale == 1.0f) {
-    std::memcpy(out, row, static_cast<size_t>(width) * sizeof(T));
+    copy(row, out, width * static_cast<int64_t>(sizeof(T)));
   } else {
     multiply(row, scale, out, width);
   }
 }
 
-// One key of a plan: reads row `source` of the sequence's own rows, or of the bank that follows them.
+// The keys [begin, end) of a plan, counted through the batch: key i reads row source[i] of its sequence's own
+// `length` rows, or of the bank that follows them. Neighbours that are all zeroed, or that copy neighbouring
+// rows, are moved as one piece: most of a prompt is, and `copy` gains on long pieces only.
 template <typename T>
-void edit_row(const Rows<T>& rows, const Rows<T>& bank, int64_t length, int64_t batch, int64_t source,
-              float scale, T* out, int64_t width) {
-  const T* row = source < length ? rows.at(batch, source) : bank.at(batch, source - length);
-  scale_row(row, scale, out, width);
+void edit_rows(const Rows<T>& rows, const Rows<T>& bank, int64_t length, const int32_t* source,
+               const float* scale, T* out, int64_t width, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t batch = i / length;
+    const int64_t first = source[i];
+    const int64_t last = std::min(end, (batch + 1) * length);
+    const bool zeroed = scale[i] == 0.0f;
+    const bool copied = scale[i] == 1.0f && first < length && rows.row_stride == width;
+    int64_t count = 1;
+    while ((zeroed || copied) && i + count < last && scale[i + count] == scale[i] &&
+           (zeroed || (source[i + count] == first + count && first + count < length))) {
+      ++count;
+    }
+    const T* row = first < length ? rows.at(batch, first) : bank.at(batch, first - length);
+    scale_row(row, scale[i], out + i * width, count * width);
+    i += count;
+  }
 }
 
 }  // namespace memkern
