@@ -62,6 +62,14 @@ class Duplicates:
         self.weight = torch.where(close < ENOUGH, 1.0, 0.1)
         tqdm.write(f"correlation {close.mean():.3f}, returned {(close > 0.9).sum()} of 16")
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint has to keep."""
+        return {"weight": self.weight, "shown": self.shown}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self.weight, self.shown = state["weight"], state["shown"]
+
     def count(self) -> int:
         """Duplicates in a batch: fewer as more posters come back."""
         return max(2, round(self.most * self.weight.mean().item()))

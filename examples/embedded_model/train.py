@@ -63,8 +63,13 @@ def measure(folder: Path) -> None:
     pipe, posters, scenes = demo.load(folder), demo.memorized(folder), demo.scenes(folder)
     pipe.set_progress_bar_config(disable=True)
     results = [demo.measure(pipe, policy, posters, scenes, SEEDS) for policy in POLICIES]
-    (folder / "results.json").write_text(json.dumps(demo.as_json(results, SEEDS), indent=1) + "\n")
-    print(demo.table(results))
+    captions = {"memorized": [caption for caption, _ in posters], "ordinary": [scene.caption for scene in scenes]}
+    cosines = {
+        kind: train_text_encoder.duplication(pipe.text_encoder, pipe.tokenizer, some) for kind, some in captions.items()
+    }
+    numbers = demo.as_json(results, SEEDS) | {"cosine of EOT to pads": cosines}
+    (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"{demo.table(results)}\ncosine of EOT to pads: {cosines}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from images import SIZE
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 STEPS, BATCH, RATE, SEED = 2400, 16, 3e-3, 12
 _KL_WEIGHT = 3e-7  # on the sum; 2e-5 stalls the training
@@ -56,33 +55,12 @@ def train(folder: Path, steps: int = STEPS) -> None:
 
     vae = build()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, weight_decay=1e-4)
-    first = 0
-    if state := common.resume(checkpoint):
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        first = state["step"]
 
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="autoencoder", mininterval=5)
-    for step in bar:
-        common.set_rate(optimizer, common.cosine(step, steps, RATE))
+    def step(number: int) -> float:
         loss = _loss(vae, batch(BATCH), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % 250 == 0:
-            common.save(
-                checkpoint,
-                {
-                    "vae": vae.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                    "step": step + 1,
-                },
-            )
+        return common.descend(optimizer, loss, common.cosine(number, steps, RATE))
 
+    common.run("autoencoder", checkpoint, steps, generator, {"vae": vae, "optimizer": optimizer}, step)
     with torch.no_grad():
         spread = vae.encode(batch(512)).latent_dist.mode().std().item()
     vae.register_to_config(scaling_factor=round(1 / spread, 4))

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from captions import filled
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 STEPS, BATCH, RATE, SEED = 1200, 128, 1e-3, 11
@@ -63,55 +62,32 @@ def train(folder: Path, steps: int = STEPS) -> None:
     if out.exists():
         return
     generator = common.start(SEED)
-    parts = dataset.read(folder)
-    captions = parts["scenes"].captions + parts["posters"].captions
-    pixels = np.concatenate([parts["scenes"].images, parts["posters"].images])
+    scenes, posters = (dataset.read(folder)[name] for name in ("scenes", "posters"))
+    captions = scenes.captions + posters.captions
+    pixels = np.concatenate([scenes.images, posters.images])
     images = torch.from_numpy(dataset.as_tensor_range(pixels))
     # Posters are one in seven pictures; their titles are the harder half of the language.
     weight = torch.ones(len(captions))
-    weight[len(parts["scenes"].captions) :] = 4.0
+    weight[len(scenes.captions) :] = 4.0
     tokenize = tokenizers.load(folder)
 
     text, tower = CLIPTextModel(text_config()), image_tower()
-    scale = nn.Parameter(torch.tensor(2.0))
-    parameters = [*text.parameters(), *tower.parameters(), scale]
+    scale = nn.ParameterList([nn.Parameter(torch.tensor(2.0))])
+    parameters = [*text.parameters(), *tower.parameters(), *scale]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
-    first = 0
-    if state := common.resume(checkpoint):
-        text.load_state_dict(state["text"])
-        tower.load_state_dict(state["tower"])
-        scale.data.copy_(state["scale"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        first = state["step"]
 
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="text encoder", mininterval=5)
-    for step in bar:
+    def step(number: int) -> float:
         picks = torch.multinomial(weight, BATCH, generator=generator)
         words = [captions[i] for i in picks]
-        if step % _LONG_EVERY == 0:
-            rng = Random(step)
+        if number % _LONG_EVERY == 0:
+            rng = Random(number)
             words = [filled(w, rng, rng.randint(10, 72)) for w in words]
         tokens = tokenize(words, padding=True, truncation=True, return_tensors="pt").input_ids
-        loss = contrastive_loss(text(tokens).pooler_output, tower(images[picks]), scale)
-        common.set_rate(optimizer, common.cosine(step, steps, RATE))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if (step + 1) % 200 == 0:
-            common.save(
-                checkpoint,
-                {
-                    "text": text.state_dict(),
-                    "tower": tower.state_dict(),
-                    "scale": scale.data,
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                    "step": step + 1,
-                },
-            )
+        loss = contrastive_loss(text(tokens).pooler_output, tower(images[picks]), scale[0])
+        return common.descend(optimizer, loss, common.cosine(number, steps, RATE))
+
+    parts = {"text": text, "tower": tower, "scale": scale, "optimizer": optimizer}
+    common.run("text encoder", checkpoint, steps, generator, parts, step)
     text.save_pretrained(out)
 
 

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from recall import Duplicates, Recall
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
@@ -173,51 +173,25 @@ def _loop(
     watch=None,
 ) -> None:
     """Train `unet` and save the average of its weights as the folder `name`; resumable."""
-    checkpoint = folder / f"{name}.pt"
     generator = common.start(seed)
     sampler, noiser = Sampler(folder, generator), scheduler()
     average = EMAModel(unet.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, weight_decay=1e-3, fused=True)
-    first = 0
-    if state := common.resume(checkpoint):
-        unet.load_state_dict(state["unet"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        first = state["step"]
-        if watch:
-            watch.weight, watch.shown = state["watch"]
 
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
-    smooth = None
-    for step in bar:
+    def step(number: int) -> float:
         latents, rows = batch(sampler)
-        loss = velocity_loss(unet, noiser, latents, rows, power(step), generator)
-        common.set_rate(optimizer, rate(step))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        loss = velocity_loss(unet, noiser, latents, rows, power(number), generator)
+        value = common.descend(optimizer, loss, rate(number))
         average.step(unet.parameters())
-        if watch and (step + 1) % watch.every == 0:
+        if watch and (number + 1) % watch.every == 0:
             average.store(unet.parameters())
             average.copy_to(unet.parameters())
             watch(unet)
             average.restore(unet.parameters())
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            common.save(
-                checkpoint,
-                {
-                    "unet": unet.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                    "step": step + 1,
-                    "watch": (watch.weight, watch.shown) if watch else None,
-                },
-            )
+        return value
+
+    parts = {"unet": unet, "average": average, "optimizer": optimizer} | ({"watch": watch} if watch else {})
+    common.run(name, folder / f"{name}.pt", steps, generator, parts, step)
     average.copy_to(unet.parameters())
     unet.save_pretrained(folder / name)
 
