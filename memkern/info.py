@@ -21,16 +21,19 @@ class Info:
         versions: package name → version, or "absent".
         build: what the build wrote down.
         backends: backend → "available", or why it is not.
+        failures: what was tried in this process and could not be launched.
     """
 
     versions: dict[str, str]
     build: str
     backends: dict[str, str]
+    failures: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{name:<13} {version}" for name, version in self.versions.items()]
-        lines.append(f"{'build':<13} {self.build}")
-        lines += [f"{'backend ' + name:<13} {state}" for name, state in self.backends.items()]
+        lines = [f"{name:<14} {version}" for name, version in self.versions.items()]
+        lines.append(f"{'build':<14} {self.build}")
+        lines += [f"{'backend ' + name:<14} {state}" for name, state in self.backends.items()]
+        lines += [f"{'failed':<14} {failure}" for failure in self.failures]
         return "\n".join(lines)
 
 
@@ -39,12 +42,15 @@ def info() -> Info:
     versions = {"memkern": _version("memkern"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")}
     versions["cuda"] = torch.version.cuda or "absent: torch is a CPU build"
-    cpu = torch.device("cpu")
-    return Info(
-        versions,
-        _build(),
-        {name: "; ".join(backends.refusals(name, cpu)) or "available" for name in backends.BACKENDS if name != "auto"},
-    )
+    states = {name: "; ".join(_against(name)) or "available" for name in backends.BACKENDS if name != "auto"}
+    return Info(versions, _build(), states, tuple(backends.failures()))
+
+
+def _against(backend: str) -> list[str]:
+    """Why `backend` cannot run on this machine."""
+    reasons = backends.installed(backend)
+    needs_gpu = backend == "cuda" or (backend == "triton" and not backends.INTERPRETING)
+    return [*reasons, "torch sees no GPU"] if needs_gpu and not torch.cuda.is_available() else reasons
 
 
 def _version(name: str) -> str:

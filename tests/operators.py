@@ -3,14 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
-from memkern.ops import BACKENDS, backends
+from memkern.ops import backends
 
-CPU = torch.device("cpu")
-AVAILABLE = [name for name in BACKENDS if name != "auto" and not backends.refusals(name, CPU)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a device; calling it runs an operator there, with tensors from anywhere and results on the CPU."""
+
+    backend: str
+    device: str
+
+    def __call__(self, operator: Callable[..., Any], *arguments: Any) -> Any:
+        results = operator(*map(self.put, arguments), backend=self.backend)
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, results)
+
+    def put(self, value: Any) -> Any:
+        """A tensor on the device, with its strides if it is there already; anything else as it is."""
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether the backend computes in `dtype`."""
+        return not backends.refusals(self.backend, torch.device(self.device), dtype)
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+
+def targets(*names: str) -> list[Any]:
+    """The backends that can run in this process, each with the layer of tests it belongs to.
+
+    The plain layer is the CPU's; `TRITON_INTERPRET=1` makes the process that of the interpreter's layer, and a
+    GPU adds its own.
+    """
+    if backends.INTERPRETING:
+        found = [("triton", "cpu", [pytest.mark.interpreter])]
+    else:
+        found = [(name, "cpu", []) for name in ("cpp", "torch")]
+        if torch.cuda.is_available():
+            found += [(name, "cuda", [pytest.mark.gpu]) for name in ("cuda", "triton", "torch")]
+    return [
+        pytest.param(Target(name, device), marks=marks, id=f"{name}-{device}")
+        for name, device, marks in found
+        if name in names and not backends.installed(name)
+    ]
+
+
+def raising(found: list[Any]) -> list[Any]:
+    """Those that raise for an index out of range: on the CPU, where a look at it costs no sync."""
+    return [target for target in found if target.values[0].backend in ("cpp", "torch") and not target.marks]
+
+
+def poisoning(found: list[Any]) -> list[Any]:
+    """Those that answer an index out of range with NaN."""
+    return [target for target in found if target.values[0].backend in ("cuda", "triton")]
+
+
+ROWS = targets("cpp", "cuda", "triton", "torch")
+"""Targets of the operators on rows."""
+
+PRODUCTS = targets("triton", "torch")
+"""Targets of the attention operators."""
+
+
+def overloads(operator: str) -> list[Any]:
+    """The registered operators of one name that have a kernel here, each with a device, for `opcheck`."""
+    named = {"auto": "memkern", "cuda": "memkern_cuda", "triton": "memkern_triton"}
+    if backends.INTERPRETING:
+        found = [("triton", "cpu", [pytest.mark.interpreter])]
+    else:
+        found = [("auto", "cpu", [])]
+        if torch.cuda.is_available():
+            found += [(name, "cuda", [pytest.mark.gpu]) for name in named]
+    return [
+        pytest.param(
+            getattr(getattr(torch.ops, named[name]), operator).default, device, marks=marks, id=f"{name}-{device}"
+        )
+        for name, device, marks in found
+        if not backends.installed(name) and hasattr(getattr(torch.ops, named[name]), operator)
+    ]
+
+
+def with_dtypes(found: list[Any]) -> list[Any]:
+    """Each target with each dtype it computes in, as parameters."""
+    return [
+        pytest.param(*target.values, dtype, marks=target.marks, id=f"{target.id}-{str(dtype).removeprefix('torch.')}")
+        for target in found
+        for dtype in DTYPES
+        if target.values[0].serves(dtype)
+    ]
+
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "contiguous": lambda x: x.contiguous(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import AVAILABLE, DTYPES, LAYOUTS, assert_accurate, random_plan
+from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, random_plan, with_dtypes
 
 from memkern import ops
 
@@ -29,40 +29,38 @@ def by_hand(embeds, bank, source, scale):
     return out
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), with_dtypes(ROWS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bank_rows", [0, 2])
-def test_against_float64(backend, dtype, shape, bank_rows):
+def test_against_float64(target, dtype, shape, bank_rows):
     embeds, bank, source, scale = sample(shape, dtype, bank_rows)
     exact = by_hand(embeds.double(), None if bank is None else bank.double(), source, scale.double())
-    actual = ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+    actual = target(ops.edit_embeds, embeds, bank, source, scale)
     assert_accurate(actual, by_hand(embeds, bank, source, scale), exact)
     assert actual.is_contiguous()
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", ROWS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
+def test_layouts(target, layout):
     embeds, bank, source, scale = sample((3, 77, 40), bank_rows=3)
-    move = LAYOUTS[layout]
     expected = ops.edit_embeds(embeds, bank, source, scale, backend="torch")
-    actual = ops.edit_embeds(move(embeds), move(bank), move(source), move(scale), backend=backend)
+    moved = [LAYOUTS[layout](target.put(tensor)) for tensor in (embeds, bank, source, scale)]
+    actual = target(ops.edit_embeds, *moved)
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_identity_is_bitwise_and_zero_selects(backend, dtype):
+@pytest.mark.parametrize(("target", "dtype"), with_dtypes(ROWS))
+def test_identity_is_bitwise_and_zero_selects(target, dtype):
     embeds, _, _, _ = sample((2, 77, 64), dtype)
     embeds[:, 4] = float("inf")
     source = torch.arange(77, dtype=torch.int32).repeat(2, 1)
     scale = torch.ones(2, 77)
-    same = ops.edit_embeds(embeds, None, source, scale, backend=backend)
+    same = target(ops.edit_embeds, embeds, None, source, scale)
     assert torch.equal(same.view(torch.uint8), embeds.view(torch.uint8))
     embeds[:, 3] = float("nan")
     scale[:, 3:5] = 0
-    cleaned = ops.edit_embeds(embeds, None, source, scale, backend=backend)
+    cleaned = target(ops.edit_embeds, embeds, None, source, scale)
     assert torch.equal(cleaned[:, 3:5], torch.zeros_like(cleaned[:, 3:5]))
     assert cleaned.isfinite().all()
 
@@ -82,45 +80,59 @@ def test_neighbouring_rows_moved_as_one_piece_end_where_they_should(layout):
         assert torch.equal(ops.edit_embeds(embeds, bank, source, scale), expected)
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", raising(ROWS))
 @pytest.mark.parametrize("bad", [-1, 79, 2**31 - 1])
-def test_source_out_of_range(backend, bad):
+def test_source_out_of_range(target, bad):
     embeds, bank, source, scale = sample((2, 77, 8), bank_rows=2)
     source[1, 5] = bad
     with pytest.raises((IndexError, RuntimeError), match=rf"source: index {bad} is out of range \[0, 79\)"):
-        ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+        target(ops.edit_embeds, embeds, bank, source, scale)
 
 
+@pytest.mark.parametrize("target", poisoning(ROWS))
+@pytest.mark.parametrize("bad", [-1, 79, 2**31 - 1])
+def test_source_out_of_range_gives_nan(target, bad):
+    embeds, bank, source, scale = sample((2, 77, 8), bank_rows=2)
+    expected = ops.edit_embeds(embeds, bank, source, scale, backend="torch")
+    source[1, 5], expected[1, 5] = bad, float("nan")
+    actual = target(ops.edit_embeds, embeds, bank, source, scale)
+    assert torch.equal(actual.nan_to_num(nan=7), expected.nan_to_num(nan=7))
+
+
+@pytest.mark.parametrize(("overload", "device"), overloads("edit_embeds"))
 @pytest.mark.parametrize("bank_rows", [0, 2])
-def test_opcheck(bank_rows):
-    embeds, bank, source, scale = sample((2, 5, 8), bank_rows=bank_rows)
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_opcheck(overload, device, bank_rows, wants_grad):
+    embeds, bank, source, scale = (
+        None if tensor is None else tensor.to(device) for tensor in sample((2, 5, 8), bank_rows=bank_rows)
+    )
     for move in LAYOUTS.values():
-        for wants_grad in (False, True):
-            arguments = (move(embeds).detach().requires_grad_(wants_grad), bank, source, scale)
-            torch.library.opcheck(torch.ops.memkern.edit_embeds.default, arguments)
+        leaf = move(embeds).detach().requires_grad_(wants_grad)
+        torch.library.opcheck(overload, (leaf, bank, source, scale))
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", ROWS)
 @pytest.mark.parametrize("bank_rows", [0, 2])
-def test_gradcheck(backend, bank_rows):
+def test_gradcheck(target, bank_rows):
+    if not target.serves(torch.float64):
+        pytest.skip("gradcheck needs float64; test_gradients compares this backend with the reference")
     embeds, bank, source, scale = sample((2, 5, 3), torch.float64, bank_rows)
     inputs = [tensor.requires_grad_() for tensor in (embeds, bank) if tensor is not None]
 
     def edited(embeds, bank=None):
-        return ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+        return target(ops.edit_embeds, embeds, bank, source, scale)
 
     assert torch.autograd.gradcheck(edited, inputs)
 
 
-def test_backends_agree_on_gradients():
+@pytest.mark.parametrize("target", ROWS)
+def test_gradients(target):
+    embeds, bank, source, scale = sample((2, 77, 8), bank_rows=2)
     grads = []
-    for backend in AVAILABLE:
-        embeds, bank, source, scale = sample((2, 77, 8), bank_rows=2)
-        embeds.requires_grad_()
-        ops.edit_embeds(embeds, bank, source, scale, backend=backend).square().sum().backward()
-        grads.append(embeds.grad)
-    for grad in grads[1:]:
-        torch.testing.assert_close(grad, grads[0])
+    for run in (target, lambda op, *arguments: op(*arguments, backend="torch")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (embeds, bank)]
+        grads.append(torch.autograd.grad(run(ops.edit_embeds, *leaves, source, scale).square().sum(), leaves))
+    torch.testing.assert_close(grads[0], grads[1])
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -158,7 +170,7 @@ def test_exports(backend):
         ({"scale": torch.ones(2, 77, requires_grad=True)}, ValueError, r"scale: no gradient .*scale.detach\(\)"),
         ({"bank": torch.zeros(2, 1, 9)}, ValueError, r"bank: expected shape \[2, M, 8\], got \[2, 1, 9\]"),
         ({"bank": [1]}, TypeError, r"bank: expected a tensor \[2, M, 8\], got list"),
-        ({"backend": "metal"}, ValueError, r"there is no backend 'metal'; use one of auto, cpp, torch"),
+        ({"backend": "metal"}, ValueError, r"there is no backend 'metal'; use one of auto, cpp, cuda, triton, torch"),
         ({"scale": torch.ones(2, 77, device="meta")}, ValueError, r"scale: expected device cpu, got meta"),
     ],
 )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import AVAILABLE, DTYPES, LAYOUTS, assert_accurate, random_plan
+from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, random_plan, with_dtypes
 from test_edit_embeds import by_hand
 
 from memkern import ops
 
 HEADS = 2
-OP = torch.ops.memkern.edit_kv.default
 
 
 def sample(batch=2, length=77, width=16, dtype=torch.float32, bank_rows=0):
@@ -26,92 +25,116 @@ def double(tensor):
     return None if tensor is None else tensor.double()
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), with_dtypes(ROWS))
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 160])
 @pytest.mark.parametrize("bank_rows", [0, 2])
-def test_against_float64(backend, dtype, head_dim, bank_rows):
+def test_against_float64(target, dtype, head_dim, bank_rows):
     k, v, k_bank, v_bank, source, k_scale, v_scale = sample(2, 77, HEADS * head_dim, dtype, bank_rows)
-    actual = ops.edit_kv(k, v, k_bank, v_bank, source, k_scale, v_scale, backend=backend)
+    actual = target(ops.edit_kv, k, v, k_bank, v_bank, source, k_scale, v_scale)
     for out, rows, bank, scale in zip(actual, (k, v), (k_bank, v_bank), (k_scale, v_scale), strict=True):
         exact = by_hand(rows.double(), double(bank), source, scale.double())
         assert_accurate(out, by_hand(rows, bank, source, scale), exact)
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", ROWS)
 @pytest.mark.parametrize("shape", [(0, 77, 16), (2, 0, 16), (2, 77, 0), (1, 3, 1)], ids=str)
-def test_small_and_empty(backend, shape):
+def test_small_and_empty(target, shape):
     k, v, *_, source, k_scale, v_scale = sample(*shape)
-    outs = ops.edit_kv(k, v, None, None, source, k_scale, v_scale, backend=backend)
+    outs = target(ops.edit_kv, k, v, None, None, source, k_scale, v_scale)
     for out, rows, scale in zip(outs, (k, v), (k_scale, v_scale), strict=True):
         torch.testing.assert_close(out, by_hand(rows, None, source, scale))
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", ROWS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
+def test_layouts(target, layout):
     arguments = sample(bank_rows=3)
     expected = ops.edit_kv(*arguments, backend="torch")
-    actual = ops.edit_kv(*(LAYOUTS[layout](tensor) for tensor in arguments), backend=backend)
+    actual = target(ops.edit_kv, *(LAYOUTS[layout](target.put(tensor)) for tensor in arguments))
     for out, right in zip(actual, expected, strict=True):
         assert torch.equal(out, right)
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-def test_zero_selects_in_k_and_v_apart(backend):
+@pytest.mark.parametrize("target", ROWS)
+def test_zero_selects_in_k_and_v_apart(target):
     k, v, *_ = sample()
     k[:, 2], v[:, 3] = float("nan"), float("inf")
     source = torch.arange(77, dtype=torch.int32).repeat(2, 1)
     k_scale, v_scale = torch.ones(2, 2, 77)
     k_scale[:, 2], v_scale[:, 3] = 0, 0
-    k_out, v_out = ops.edit_kv(k, v, None, None, source, k_scale, v_scale, backend=backend)
+    k_out, v_out = target(ops.edit_kv, k, v, None, None, source, k_scale, v_scale)
     assert k_out.isfinite().all()
     assert v_out.isfinite().all()
     assert torch.equal(k_out[:, 3], k[:, 3])
     assert torch.equal(v_out[:, 2], v[:, 2])
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-def test_zeroed_key_is_a_zeroed_embedding(backend):
+@pytest.mark.parametrize("target", ROWS)
+def test_zeroed_key_is_a_zeroed_embedding(target):
     """Where to_k and to_v have no bias, editing K and V is editing the embeddings."""
     torch.manual_seed(0)
     embeds, to_k, to_v = torch.randn(2, 77, 24), torch.randn(24, 16), torch.randn(24, 16)
     source, scale = random_plan(2, 77, 77)
     scale = (scale != 0).float()
-    edited = ops.edit_embeds(embeds, None, source, scale, backend=backend)
-    k, v = ops.edit_kv(embeds @ to_k, embeds @ to_v, None, None, source, scale, scale, backend=backend)
+    edited = target(ops.edit_embeds, embeds, None, source, scale)
+    k, v = target(ops.edit_kv, embeds @ to_k, embeds @ to_v, None, None, source, scale, scale)
     torch.testing.assert_close(k, edited @ to_k)
     torch.testing.assert_close(v, edited @ to_v)
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", raising(ROWS))
 @pytest.mark.parametrize("bad", [-2, 77])
-def test_source_out_of_range(backend, bad):
+def test_source_out_of_range(target, bad):
     arguments = sample()
     arguments[4][0, 76] = bad
     with pytest.raises((IndexError, RuntimeError), match=rf"source: index {bad} is out of range \[0, 77\)"):
-        ops.edit_kv(*arguments, backend=backend)
+        target(ops.edit_kv, *arguments)
 
 
+@pytest.mark.parametrize("target", poisoning(ROWS))
+@pytest.mark.parametrize("bad", [-2, 77])
+def test_source_out_of_range_gives_nan(target, bad):
+    arguments = sample()
+    expected = ops.edit_kv(*arguments, backend="torch")
+    arguments[4][0, 76] = bad
+    for out, right in zip(target(ops.edit_kv, *arguments), expected, strict=True):
+        right[0, 76] = float("nan")
+        assert torch.equal(out.nan_to_num(nan=7), right.nan_to_num(nan=7))
+
+
+@pytest.mark.parametrize(("overload", "device"), overloads("edit_kv"))
 @pytest.mark.parametrize("bank_rows", [0, 2])
 @pytest.mark.parametrize("wants_grad", [False, True])
-def test_opcheck(bank_rows, wants_grad):
-    k, v, *rest = sample(2, 5, 8, bank_rows=bank_rows)
+def test_opcheck(overload, device, bank_rows, wants_grad):
+    k, v, *rest = (None if tensor is None else tensor.to(device) for tensor in sample(2, 5, 8, bank_rows=bank_rows))
     for move in LAYOUTS.values():
         leaves = [move(tensor).detach().requires_grad_(wants_grad) for tensor in (k, v)]
-        torch.library.opcheck(OP, (*leaves, *rest))
+        torch.library.opcheck(overload, (*leaves, *rest))
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", ROWS)
 @pytest.mark.parametrize("bank_rows", [0, 2])
-def test_gradcheck(backend, bank_rows):
+def test_gradcheck(target, bank_rows):
+    if not target.serves(torch.float64):
+        pytest.skip("gradcheck needs float64; test_gradients compares this backend with the reference")
     k, v, k_bank, v_bank, *plan = sample(2, 4, 3, torch.float64, bank_rows)
     inputs = [tensor.requires_grad_() for tensor in (k, v, k_bank, v_bank) if tensor is not None]
 
     def edited(k, v, k_bank=None, v_bank=None):
-        return ops.edit_kv(k, v, k_bank, v_bank, *plan, backend=backend)
+        return target(ops.edit_kv, k, v, k_bank, v_bank, *plan)
 
     assert torch.autograd.gradcheck(edited, inputs)
+
+
+@pytest.mark.parametrize("target", ROWS)
+def test_gradients(target):
+    *rows, source, k_scale, v_scale = sample(bank_rows=2)
+    grads = []
+    for run in (target, lambda op, *arguments: op(*arguments, backend="torch")):
+        leaves = [tensor.clone().requires_grad_() for tensor in rows]
+        k, v = run(ops.edit_kv, *leaves, source, k_scale, v_scale)
+        grads.append(torch.autograd.grad((k * v).square().sum(), leaves))
+    torch.testing.assert_close(grads[0], grads[1])
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

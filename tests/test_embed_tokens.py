@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import AVAILABLE, DTYPES, LAYOUTS, assert_accurate
+from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, with_dtypes
 from transformers import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from memkern import Role, ops, token_roles
 
 VOCABULARY, EOT = 50, 49
-OP = torch.ops.memkern.embed_tokens.default
 
 
 def sample(batch=3, length=77, width=40, dtype=torch.float32):
@@ -31,61 +30,72 @@ def by_hand(ids, roles, token_weight, position_weight, pad_id):
     return out
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), with_dtypes(ROWS))
 @pytest.mark.parametrize("width", [1, 8, 33, 768])
-def test_against_float64(backend, dtype, width):
+def test_against_float64(target, dtype, width):
     ids, roles, token_weight, position_weight, pad_id = arguments = sample(width=width, dtype=dtype)
-    actual = ops.embed_tokens(*arguments, backend=backend)
+    actual = target(ops.embed_tokens, *arguments)
     exact = by_hand(ids, roles, token_weight.double(), position_weight.double(), pad_id)
     assert_accurate(actual, by_hand(*arguments), exact)
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-def test_is_clip_with_swapped_ids(backend):
+@pytest.mark.parametrize("target", ROWS)
+def test_is_clip_with_swapped_ids(target):
     ids, roles, *_ = sample()
     config = CLIPTextConfig(vocab_size=VOCABULARY, hidden_size=40, max_position_embeddings=77)
     module = CLIPTextEmbeddings(config)
     swapped = ids.masked_fill(roles == Role.PAD, 0)
     weights = module.token_embedding.weight.detach(), module.position_embedding.weight.detach()
-    assert torch.equal(ops.embed_tokens(ids, roles, *weights, 0, backend=backend), module(input_ids=swapped))
+    assert torch.equal(target(ops.embed_tokens, ids, roles, *weights, 0), module(input_ids=swapped))
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", ROWS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
+def test_layouts(target, layout):
     *tensors, pad_id = sample()
-    moved = [LAYOUTS[layout](tensor) for tensor in tensors]
-    actual = ops.embed_tokens(*moved, pad_id, backend=backend)
+    moved = [LAYOUTS[layout](target.put(tensor)) for tensor in tensors]
+    actual = target(ops.embed_tokens, *moved, pad_id)
     assert torch.equal(actual, ops.embed_tokens(*tensors, pad_id, backend="torch"))
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("target", ROWS)
 @pytest.mark.parametrize("batch", [0, 1])
-def test_empty_batch_and_width(backend, batch):
+def test_empty_batch_and_width(target, batch):
     ids, roles, token_weight, position_weight, pad_id = sample(1)
-    out = ops.embed_tokens(
-        ids[:batch], roles[:batch], token_weight[:, :0], position_weight[:, :0], pad_id, backend=backend
-    )
+    out = target(ops.embed_tokens, ids[:batch], roles[:batch], token_weight[:, :0], position_weight[:, :0], pad_id)
     assert out.shape == (batch, 77, 0)
 
 
+@pytest.mark.parametrize(("overload", "device"), overloads("embed_tokens"))
 @pytest.mark.parametrize("wants_grad", [False, True])
-def test_opcheck(wants_grad):
-    ids, roles, *weights, pad_id = sample(2, 6, 4)
+def test_opcheck(overload, device, wants_grad):
+    *tensors, pad_id = sample(2, 6, 4)
+    ids, roles, *weights = (tensor.to(device) for tensor in tensors)
     weights = [weight.requires_grad_(wants_grad) for weight in weights]
-    torch.library.opcheck(OP, (ids, roles, *weights, pad_id))
+    torch.library.opcheck(overload, (ids, roles, *weights, pad_id))
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-def test_gradcheck(backend):
+@pytest.mark.parametrize("target", ROWS)
+def test_gradcheck(target):
+    if not target.serves(torch.float64):
+        pytest.skip("gradcheck needs float64; test_gradients compares this backend with the reference")
     ids, roles, token_weight, position_weight, pad_id = sample(2, 6, 2, torch.float64)
     more_positions = torch.cat([position_weight, position_weight])
 
     def embedded(token_weight, position_weight):
-        return ops.embed_tokens(ids, roles, token_weight, position_weight, pad_id, backend=backend)
+        return target(ops.embed_tokens, ids, roles, token_weight, position_weight, pad_id)
 
     assert torch.autograd.gradcheck(embedded, (token_weight.requires_grad_(), more_positions.requires_grad_()))
+
+
+@pytest.mark.parametrize("target", ROWS)
+def test_gradients(target):
+    ids, roles, *weights, pad_id = sample()
+    grads = []
+    for run in (target, lambda op, *arguments: op(*arguments, backend="torch")):
+        leaves = [weight.clone().requires_grad_() for weight in weights]
+        grads.append(torch.autograd.grad(run(ops.embed_tokens, ids, roles, *leaves, pad_id).square().sum(), leaves))
+    torch.testing.assert_close(grads[0], grads[1])
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -98,12 +108,23 @@ def test_compiles_into_one_graph(backend):
     assert torch.equal(embedded(*tensors), ops.embed_tokens(*tensors, 0))
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
-def test_id_out_of_range(backend):
+@pytest.mark.parametrize("target", raising(ROWS))
+@pytest.mark.parametrize("bad", [-1, VOCABULARY])
+def test_id_out_of_range(target, bad):
     ids, *rest = sample()
-    ids[0, 1] = VOCABULARY
+    ids[0, 1] = bad
     with pytest.raises((IndexError, RuntimeError), match="out of range"):
-        ops.embed_tokens(ids, *rest, backend=backend)
+        target(ops.embed_tokens, ids, *rest)
+
+
+@pytest.mark.parametrize("target", poisoning(ROWS))
+@pytest.mark.parametrize("bad", [-1, VOCABULARY, 2**40])
+def test_id_out_of_range_gives_nan(target, bad):
+    ids, *rest = sample()
+    expected = ops.embed_tokens(ids, *rest, backend="torch")
+    ids[0, 1], expected[0, 1] = bad, float("nan")
+    actual = target(ops.embed_tokens, ids, *rest)
+    assert torch.equal(actual.nan_to_num(nan=7), expected.nan_to_num(nan=7))
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../rows.h"
 #include "numeric.h"
 
 namespace memkern {
-
-// A [B, L, D] tensor whose last dimension is dense; strides are in elements.
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t batch_stride;
-  int64_t row_stride;
-
-  const T* at(int64_t batch, int64_t row) const { return data + batch * batch_stride + row * row_stride; }
-};
 
 // out = scale * row. A scale of 0 selects 0, so that a NaN or Inf in the row does not survive; 1 is a copy.
 template <typename T>

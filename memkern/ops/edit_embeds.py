@@ -27,14 +27,15 @@ def edit_embeds(
         bank: `[B, M, D]` of the same dtype, the rows that `source` >= L reads; or None.
         source: int32 `[B, L]`, in [0, L + M).
         scale: float32 `[B, L]`; 0 selects 0 whatever the row holds.
-        backend: "auto", "cpp" or "torch".
+        backend: one of `BACKENDS`.
 
     Returns:
         A new contiguous `[B, L, D]` tensor. Differentiable in `embeds` and `bank`.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or device, or an unusable backend.
-        IndexError, RuntimeError: a source is out of range.
+        IndexError, RuntimeError: a source is out of range, on the CPU. On a GPU its row is NaN, as
+            to raise would take a sync.
     """
     check_tensor("embeds", embeds, ("B", "L", "D"), FLOATING)
     batch, length, width = embeds.shape
@@ -43,10 +44,9 @@ def edit_embeds(
     check_tensor("source", source, (batch, length), (torch.int32,), embeds.device)
     check_tensor("scale", scale, (batch, length), (torch.float32,), embeds.device)
     check_constant("scale", scale)
-    backends.choose(backend, embeds.device)
-    if backend == "torch":
-        return edit_rows(embeds, bank, source, scale)
-    return _op(embeds, bank, source, scale)  # type: ignore[no-any-return]
+    backends.require(backend, "edit_embeds", embeds)
+    out: torch.Tensor = _operator(backend, embeds, bank, source, scale)
+    return out
 
 
 def _fake(embeds: torch.Tensor, bank: torch.Tensor | None, source: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -64,10 +64,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *edit_rows_backward(grad, source, scale, *ctx.lengths), None, None
 
 
-_op = register(
+_operator = register(
     "edit_embeds(Tensor embeds, Tensor? bank, Tensor source, Tensor scale) -> Tensor",
     reference=edit_rows,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    kernels=("cpp", "cuda", "triton"),
 )

@@ -33,14 +33,15 @@ def edit_kv(
         k_bank, v_bank: `[B, M, C]`, the rows that `source` >= L reads; both or neither.
         source: int32 `[B, L]`, in [0, L + M).
         k_scale, v_scale: float32 `[B, L]`; 0 selects 0 whatever the row holds.
-        backend: "auto", "cpp" or "torch".
+        backend: one of `BACKENDS`.
 
     Returns:
         New contiguous K and V, `[B, L, C]` each. Differentiable in k, v and the banks.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or device, or an unusable backend.
-        IndexError, RuntimeError: a source is out of range.
+        IndexError, RuntimeError: a source is out of range, on the CPU. On a GPU its row is NaN, as
+            to raise would take a sync.
     """
     check_tensor("k", k, ("B", "L", "C"), FLOATING)
     batch, length, width = k.shape
@@ -54,10 +55,9 @@ def edit_kv(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         check_tensor(name, scale, (batch, length), (torch.float32,), k.device)
         check_constant(name, scale)
-    backends.choose(backend, k.device)
-    if backend == "torch":
-        return _reference(k, v, k_bank, v_bank, source, k_scale, v_scale)
-    return _op(k, v, k_bank, v_bank, source, k_scale, v_scale)  # type: ignore[no-any-return]
+    backends.require(backend, "edit_kv", k)
+    out: tuple[torch.Tensor, torch.Tensor] = _operator(backend, k, v, k_bank, v_bank, source, k_scale, v_scale)
+    return out
 
 
 def _reference(
@@ -97,11 +97,12 @@ def _backward(ctx: Any, k_grad: torch.Tensor, v_grad: torch.Tensor) -> tuple[tor
     return dk, dv, dk_bank, dv_bank, None, None, None
 
 
-_op = register(
+_operator = register(
     "edit_kv(Tensor k, Tensor v, Tensor? k_bank, Tensor? v_bank, Tensor source, "
     "Tensor k_scale, Tensor v_scale) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    kernels=("cpp", "cuda", "triton"),
 )

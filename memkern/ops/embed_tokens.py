@@ -35,14 +35,15 @@ def embed_tokens(
         token_weight: `[V, D]`, float32, float16, bfloat16 or float64.
         position_weight: `[P, D]` of the same dtype.
         pad_id: the id that PAD positions read, 0 for CLIP's "!"; in [0, V).
-        backend: "auto", "cpp" or "torch".
+        backend: one of `BACKENDS`.
 
     Returns:
         `[B, L, D]`. Differentiable in both weights.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or device, or an unusable backend.
-        IndexError, RuntimeError: an id is out of range.
+        IndexError, RuntimeError: an id is out of range, on the CPU. On a GPU its row is NaN, as
+            to raise would take a sync.
     """
     check_tensor("input_ids", input_ids, ("B", "L"), (torch.int64,))
     check_roles(roles)
@@ -61,10 +62,9 @@ def embed_tokens(
         )
     if not 0 <= pad_id < token_weight.shape[0]:
         raise ValueError(f"pad_id: expected an id in [0, {token_weight.shape[0]}), got {pad_id}")
-    backends.choose(backend, input_ids.device)
-    if backend == "torch":
-        return _reference(input_ids, roles, token_weight, position_weight, pad_id)
-    return _op(input_ids, roles, token_weight, position_weight, pad_id)  # type: ignore[no-any-return]
+    backends.require(backend, "embed_tokens", token_weight)
+    out: torch.Tensor = _operator(backend, input_ids, roles, token_weight, position_weight, pad_id)
+    return out
 
 
 def _reference(
@@ -105,10 +105,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return None, None, token_grad, position_grad, None
 
 
-_op = register(
+_operator = register(
     "embed_tokens(Tensor input_ids, Tensor roles, Tensor token_weight, Tensor position_weight, int pad_id) -> Tensor",
     reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    kernels=("cpp", "cuda", "triton"),
 )

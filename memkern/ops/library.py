@@ -1,17 +1,33 @@
 """The `memkern` operator namespace: schemas, fakes, autograd and the torch reference live in Python.
 
-C++ only adds implementations for its dispatch key, so the package imports, traces and passes its tests
-without a compiled part. The reference is registered for every device and is the executable definition.
+Compiled parts only add implementations, so the package imports, traces and passes its tests without them. The
+reference is registered for every device and is the executable definition. The C++ library takes the CPU's
+dispatch key; on a GPU two backends can serve an operator, so its key belongs to a chooser (`backends.run`), and
+each named backend has a namespace of its own with the same schemas: `memkern_cuda`, `memkern_triton`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("memkern", "DEF")
+from . import backends
+
+_MAIN = torch.library.Library("memkern", "DEF")
+_NAMED = {name: torch.library.Library(f"memkern_{name}", "DEF") for name in ("cuda", "triton")}
+
+
+class Operator:
+    """One operator under every backend: `operator(backend, *arguments)`."""
+
+    def __init__(self, overloads: dict[str, Callable[..., Any]]) -> None:
+        self._overloads = overloads
+
+    def __call__(self, backend: str, *arguments: Any) -> Any:
+        """Run it; `backend` was found usable by `backends.require`."""
+        return self._overloads[backend](*arguments)
 
 
 def register(
@@ -21,11 +37,25 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
-) -> Any:
-    """Define `memkern::<name>` from its schema and return its overload packet."""
+    kernels: Sequence[str],
+) -> Operator:
+    """Define `memkern::<name>` from its schema, and the same for each of the named GPU backends in `kernels`."""
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"memkern::{name}", fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"memkern::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(torch.ops.memkern, name).default
+    backends.serve(name, ("torch", *kernels))
+
+    def define(library: torch.library.Library, namespace: str) -> Callable[..., Any]:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup_context, lib=library)
+        overload: Callable[..., Any] = getattr(getattr(torch.ops, namespace), name).default
+        return overload
+
+    overloads = {"auto": define(_MAIN, "memkern"), "torch": reference}
+    overloads["cpp"] = overloads["auto"]
+    _MAIN.impl(name, reference, "CompositeExplicitAutograd")
+    overloads |= {backend: define(_NAMED[backend], f"memkern_{backend}") for backend in kernels if backend in _NAMED}
+    if "triton" in kernels:
+        for key in ("CUDA", "CPU") if backends.INTERPRETING else ("CUDA",):
+            _NAMED["triton"].impl(name, lambda *arguments: backends.run_triton(name, *arguments), key)
+    _MAIN.impl(name, lambda *arguments: backends.run(name, overloads, *arguments), "CUDA")
+    return Operator(overloads)

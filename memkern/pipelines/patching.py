@@ -139,7 +139,7 @@ class Patch:
         policy.require_embeds_stage()
         if on_unknown not in ("raise", "warn", "pass"):
             raise ValueError(f"on_unknown: expected 'raise', 'warn' or 'pass', got {on_unknown!r}")
-        backends.choose(backend, torch.device("cpu"))
+        backends.require_installed(backend)
         support.reembed_id(self.pipe, policy)
         self.policy, self.backend, self.on_unknown = policy, backend, on_unknown
         self.prompts: dict[Branch, Encoded] = {}

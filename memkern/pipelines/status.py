@@ -112,11 +112,12 @@ def describe(encoded: Encoded, policy: Policy, branch: Branch, context_length: i
 
 
 def _describe_backend(asked: str) -> str:
-    device = torch.device("cpu")
-    used = backends.choose(asked, device)
-    reasons = backends.refusals("cpp", device) if used == "torch" and asked == "auto" else []
+    if asked != "auto":
+        return asked
+    runs = {kind: backends.usable(torch.device(kind)) for kind in ("cpu", "cuda")}
+    reasons = [] if runs["cpu"] == "cpp" else backends.installed("cpp")
     because = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{asked}: {used} on CPU, torch elsewhere{because}" if asked == "auto" else used
+    return f"auto: {runs['cpu']} on CPU, {runs['cuda']} on CUDA{because}"
 
 
 def _notes(patch: Patch) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def test_two_text_encoders(sd1):
             "needs the attention stage, which this version does not have yet",
         ),
         ({"policy": memkern.Policy(reembed_pads="memorized")}, ValueError, "the tokenizer has no token 'memorized'"),
-        ({"backend": "cuda"}, ValueError, "there is no backend 'cuda'; use one of auto, cpp, torch"),
+        ({"backend": "metal"}, ValueError, "there is no backend 'metal'; use one of auto, cpp, cuda, triton, torch"),
         ({"on_unknown": "ignore"}, ValueError, "on_unknown: expected 'raise', 'warn' or 'pass', got 'ignore'"),
     ],
 )

@@ -1,0 +1,57 @@
+"""Parts that kernels share: tiles of any width, keys that are not excluded, a softmax without NaN."""
+
+import triton
+import triton.language as tl
+
+EXCLUDED = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def span(first, SIZE: tl.constexpr):
+    """SIZE indices from `first`. (Triton 3.6 takes an element of a tuple as a size only through a call.)"""
+    return first + tl.arange(0, SIZE)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A float32 tile to sum in."""
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def tile_mask(rows, columns, width, EVEN: tl.constexpr):
+    """Rows `[R]` that exist by columns `[C]` below `width`; EVEN promises that all are."""
+    if EVEN:
+        return rows[:, None]
+    else:
+        return rows[:, None] & (columns < width)[None, :]
+
+
+@triton.jit
+def count_keys(bias, bias_key, bias_head, heads, keys, KEYS: tl.constexpr):
+    """One more than the last key that some head does not exclude: a sequence skips the keys behind it.
+
+    Args:
+        bias: pointer to the biases of a sequence, `keys` of them per head.
+        heads: how many differ; 1 where all heads share them.
+        KEYS: a power of 2, at least `keys`.
+    """
+    index = tl.arange(0, KEYS)
+    last = tl.zeros([KEYS], tl.int32)
+    for head in range(heads):
+        values = tl.load(bias + head * bias_head + index * bias_key, mask=index < keys, other=EXCLUDED)
+        last = tl.maximum(last, tl.where(values != EXCLUDED, index + 1, 0))
+    return tl.max(last, 0)
+
+
+@triton.jit
+def exp_from(logits, highest):
+    """exp(logits - highest) for `[M, n]` and `[M]`; 0, not NaN, in a row that has no finite logit."""
+    shift = tl.where(highest == EXCLUDED, 0.0, highest)
+    return tl.exp(logits - shift[:, None])
+
+
+@triton.jit
+def reciprocal(total):
+    """1 / total for the sums of a softmax; 1 for that of a row without keys, whose weights are 0."""
+    return 1.0 / tl.where(total == 0.0, 1.0, total)

@@ -1,0 +1,171 @@
+"""Write the table of configurations: `python -m memkern.ops.triton.tune [--family sm86 …] --out configs.json`.
+
+On a GPU every candidate is timed on the layers of Stable Diffusion, and the fastest is written for that card's
+family. With `--family` no card is needed: the first candidate is written that compiles within the family's
+budget, no stack and shared memory within the limit; candidates stand in the order of what should be fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .ahead import SHARED_LIMITS, compile_ahead
+from .configs import Card, Entry, family_of, table
+from .launch import Launch
+from .layers import KEYS, LAYERS, absorbed_launches, biased_launch, row_launches
+
+HEAD_DIMS = (8, 40, 64, 80, 128, 160, 256)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of the table, and what may stand there, by what should be fastest."""
+
+    kernel: str
+    candidates: list[Entry]
+
+
+def place(kernel: str, bits: int, width: int | None, names: str, *sizes: tuple[int, ...]) -> Place:
+    """The place for elements of `bits` and a width up to `width`, with `sizes` for `names`, warps and stages."""
+    condition = {"bits": bits, "width": width}
+    names_of_sizes = (*names.split(), "num_warps", "num_stages")
+    return Place(kernel, [condition | dict(zip(names_of_sizes, size, strict=True)) for size in sizes])
+
+
+# Without tensor cores (float32, and compute capability 7.5) an operand's whole depth is in registers.
+_SMALL = ((32, 16, 64, 4, 1), (16, 16, 64, 4, 1), (16, 16, 32, 4, 1), (16, 16, 32, 8, 1))
+PLACES = (
+    place("edit_rows", 16, None, "BLOCK_ROWS BLOCK_COLUMNS", (2, 1024, 4, 1)),
+    place("edit_rows", 32, None, "BLOCK_ROWS BLOCK_COLUMNS", (2, 512, 4, 1)),
+    place("biased_attention", 16, 64, "BLOCK_M BLOCK_N PART_D", (64, 32, 256, 4, 2), (64, 16, 256, 4, 2), *_SMALL),
+    place("biased_attention", 16, 128, "BLOCK_M BLOCK_N PART_D", (64, 32, 256, 4, 2), (64, 16, 256, 4, 2), *_SMALL),
+    place("biased_attention", 16, 256, "BLOCK_M BLOCK_N PART_D", (64, 16, 256, 4, 2), (64, 16, 256, 8, 2), *_SMALL),
+    place("biased_attention", 32, 64, "BLOCK_M BLOCK_N PART_D", *_SMALL),
+    place("biased_attention", 32, 128, "BLOCK_M BLOCK_N PART_D", *_SMALL),
+    place("biased_attention", 32, 256, "BLOCK_M BLOCK_N PART_D", *_SMALL),
+    place(
+        "absorbed_attention", 16, 320, "BLOCK_M BLOCK_C PART_C", (64, 32, 64, 8, 2), (32, 32, 64, 8, 2),
+        (32, 32, 256, 8, 2),
+    ),
+    place("absorbed_probabilities", 16, None, "BLOCK_M BLOCK_C", (64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 1)),
+    place("absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C", (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+    place(
+        "absorbed_values", 16, None, "BLOCK_M BLOCK_N BLOCK_C", (64, 32, 64, 4, 3), (64, 16, 64, 4, 3),
+        (32, 16, 64, 4, 1), (16, 16, 64, 4, 1),
+    ),
+    place("absorbed_values", 32, None, "BLOCK_M BLOCK_N BLOCK_C", (32, 16, 64, 4, 2), (16, 16, 32, 4, 1)),
+)  # fmt: skip
+
+
+def served(kernel: str, entry: Entry, card: Card) -> Iterator[Launch]:
+    """The launches that an entry has to serve, on the meta device; `card` has it in its table."""
+    width = entry["width"]
+    for dtype in (torch.float16, torch.bfloat16) if entry["bits"] == 16 else (torch.float32,):
+        if kernel == "edit_rows":
+            yield from row_launches(768, dtype, card)
+        elif kernel == "biased_attention":
+            for head_dim, keys in itertools.product(HEAD_DIMS, KEYS):
+                if head_dim <= width and (width == 64 or 2 * head_dim > width):
+                    yield biased_launch(1024, 8, head_dim, keys, dtype, card)
+        else:
+            for layer_width, keys in itertools.product(sorted({layer.width for layer in LAYERS}), KEYS):
+                if width is None or layer_width <= width:
+                    yield from absorbed_launches(1024, layer_width, 8, keys, dtype, card)
+
+
+def with_entry(kernel: str, entry: Entry, family: str) -> Card:
+    """A card of `family` with `entry` for `kernel`; of absorbed attention's two forms it takes the one meant."""
+    return Card(1 if kernel == "absorbed_attention" else 1 << 30, table()[family] | {kernel: [entry]})
+
+
+def fits(kernel: str, entry: Entry, family: str) -> bool:
+    """Whether all that an entry serves compiles within the budget of `family`."""
+    capability = int(family[2:])
+    for launch in served(kernel, entry, with_entry(kernel, entry, family)):
+        if kernel == "edit_rows" or launch.kernel.__name__.startswith(kernel):
+            usage = compile_ahead(launch, capability)
+            if usage.stack or usage.shared > SHARED_LIMITS[capability]:
+                return False
+    return True
+
+
+def seconds(launches: Iterable[Launch]) -> float:
+    """The sum of median times on the card at hand; infinite if one cannot be launched."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    try:
+        return float(sum(do_bench(launch.on("cuda").run, return_mode="median") for launch in launches))
+    except OutOfResources:
+        return float("inf")
+
+
+def measured(place: Place, family: str) -> Entry | None:
+    """The fastest candidate; None if none runs, or if two kernels are faster than the one this place is for."""
+    times = [
+        seconds(served(place.kernel, entry, with_entry(place.kernel, entry, family))) for entry in place.candidates
+    ]
+    limit = float("inf")
+    if place.kernel == "absorbed_attention":
+        limit = seconds(served(place.kernel, place.candidates[0], Card(1 << 30, table()[family])))
+    best = min(range(len(times)), key=times.__getitem__)
+    return place.candidates[best] if times[best] < limit else None
+
+
+def by_budget(place: Place, family: str) -> Entry | None:
+    """The first candidate that fits; None if none does."""
+    return next((entry for entry in place.candidates if fits(place.kernel, entry, family)), None)
+
+
+def tuned(family: str, measure: bool) -> dict[str, list[Entry]]:
+    """The table's part for `family`."""
+    if measure:
+        chosen = [measured(place, family) for place in PLACES]
+    else:
+        with ProcessPoolExecutor() as pool:
+            chosen = list(pool.map(partial(by_budget, family=family), PLACES))
+    kernels: dict[str, list[Entry]] = {}
+    for place, entry in zip(PLACES, chosen, strict=True):
+        if entry is not None:
+            kernels.setdefault(place.kernel, []).append(entry)
+    return kernels
+
+
+def main() -> None:
+    """Tune and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--family", action="append", help="by budget, without a card: sm75 … sm120; several times")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; other families that it has are kept")
+    options = parser.parse_args()
+    here = options.family is None
+    families = [family_of(torch.cuda.get_device_capability())] if here else options.family
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for family in families:
+        found[family] = tuned(family, here)
+        print(f"{family}: {json.dumps(found[family])}")
+    options.out.write_text(_one_entry_a_line(found))
+
+
+def _one_entry_a_line(found: dict[str, dict[str, list[Entry]]]) -> str:
+    """JSON in which a table of configurations can be read and compared."""
+    families = []
+    for family, kernels in found.items():
+        lines = [
+            f'  "{kernel}": [\n   ' + ",\n   ".join(map(json.dumps, entries)) + "\n  ]"
+            for kernel, entries in kernels.items()
+        ]
+        families.append(f' "{family}": {{\n' + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(families) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()
