@@ -1,10 +1,11 @@
-"""Builds the compiled part of memkern, as far as `MEMKERN_BUILD` and this machine allow.
+"""Builds the compiled parts of memkern, as far as `MEMKERN_BUILD` and this machine allow.
 
 MEMKERN_BUILD=auto  (default) build what can be built; never fails
               cpp   the CPU library, or fail
-              cuda  the CUDA library, or fail (this version has no CUDA sources: it fails)
+              cuda  the CPU and the CUDA library, or fail; no GPU is needed, and a CPU build of torch will do
               none  pure Python
 
+CUDACXX or CUDA_HOME name an nvcc that is not on PATH; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") the architectures.
 What was built, or why not, is written to `memkern/build.json`, which `memkern info` shows.
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,55 +24,145 @@ from setuptools.command.build_ext import build_ext
 PACKAGE = Path("memkern")
 MODES = ("auto", "cpp", "cuda", "none")
 MODE = os.environ.get("MEMKERN_BUILD", "auto")
-SOURCES = ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
-TARGET_TORCH = "0x020b000000000000"  # stable ABI of torch 2.11
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # stable ABI of torch 2.11
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 
 if MODE not in MODES:
     raise SystemExit(f"MEMKERN_BUILD: expected one of {', '.join(MODES)}, got {MODE!r}")
-if MODE == "cuda":
-    raise SystemExit("MEMKERN_BUILD=cuda: this version of memkern has no CUDA sources; use auto, cpp or none")
 
 
-def torch_extension() -> tuple[Extension, type[build_ext]]:
-    """The extension and its build command. Raises if torch is not here (as in an isolated build)."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+class Unavailable(Exception):
+    """Why something cannot be built here."""
 
-    flags = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
-    flags += ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
-    extension = CppExtension("memkern._C", SOURCES, depends=HEADERS, extra_compile_args=flags, py_limited_api=True)
-    # Six small files: ninja would gain nothing and is one more thing that may be missing.
+
+class CudaLibrary(Extension):
+    """A library that nvcc compiles and links in one call, and that knows nothing of Python."""
+
+
+def cpp_library() -> tuple[Extension, type[build_ext]]:
+    """The CPU library, and torch's build command."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        raise Unavailable(
+            f"torch was not importable at build time ({error}): use pip install --no-build-isolation"
+        ) from error
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if os.name != "nt" and not (shutil.which(compiler) or shutil.which("g++")):
+        raise Unavailable("no C++ compiler on PATH at build time")
+    flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+    sources = ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+    extension = CppExtension(
+        "memkern._C", sources, depends=HEADERS, extra_compile_args=DEFINES + flags, py_limited_api=True
+    )
+    # A few small files: ninja would gain nothing and is one more thing that may be missing.
     return extension, BuildExtension.with_options(use_ninja=False)
 
 
-def prepare() -> tuple[list[Extension], type[build_ext], str]:
-    """The extensions to build, the command that builds them, and why there is none."""
+def find_nvcc() -> str:
+    """The path of nvcc."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for candidate in (os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes), "nvcc"):
+        found = candidate and shutil.which(candidate)
+        if found:
+            return found
+    raise Unavailable("no nvcc: set CUDA_HOME, or put it on PATH")
+
+
+def architectures(nvcc: str) -> list[str]:
+    """What to compile for, "sm_80" for machine code and "compute_120" for PTX, as far as nvcc can."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    if asked:
+        wanted = re.findall(r"(\d+)\.(\d)(\+PTX)?", asked)
+        if len(wanted) != len(asked.split(";")):
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST: expected capabilities such as 8.0;9.0+PTX, got {asked!r}")
+        return [name for major, minor, ptx in wanted
+                for name in (f"sm_{major}{minor}", *([f"compute_{major}{minor}"] if ptx else []))]  # fmt: skip
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    can = [number for number in ARCHITECTURES if f"compute_{number}" in listed]
+    return [*(f"sm_{number}" for number in can), f"compute_{can[-1]}"]
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; its messages go into the error, its command into the build's output."""
+    print(" ".join(command))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Unavailable(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
+
+
+def link_to_torch(nvcc: str, folder: Path) -> list[str]:
+    """Linker flags for libtorch, libtorch_cuda included where this torch has none.
+
+    Python loads libtorch for itself alone, so the library has to name what it needs of it. In a CPU build of torch
+    an empty library under the name of libtorch_cuda.so stands in; only the name goes into ours.
+    """
+    from torch.utils.cpp_extension import library_paths
+
+    paths = library_paths()
+    if not any(Path(path, "libtorch_cuda.so").exists() for path in paths):
+        empty = folder / "empty.cpp"
+        empty.write_text("")
+        stub = folder / "libtorch_cuda.so"
+        run([nvcc, "-shared", "-cudart", "none", "-Xlinker", "-soname=libtorch_cuda.so", str(empty), "-o", str(stub)])
+        paths = [*paths, str(folder)]
+    names = ["-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_cuda"]
+    return [*(f"-L{path}" for path in paths), "-Xlinker", "--no-as-needed", *names]
+
+
+def build_cuda(extension: CudaLibrary, output: Path, folder: Path) -> dict[str, object]:
+    """Compile and link the CUDA library; what with and for what."""
+    from torch.utils.cpp_extension import include_paths
+
+    nvcc = find_nvcc()
+    targets = architectures(nvcc)
+    release = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    for place in (folder, output.parent):
+        place.mkdir(parents=True, exist_ok=True)
+    codes = [f"-gencode=arch=compute_{target.split('_')[1]},code={target}" for target in targets]
+    jobs = os.environ.get("NVCC_THREADS") or os.environ.get("MAX_JOBS") or str(min(4, os.cpu_count() or 1))
+    flags = ["-O3", "-std=c++17", "--threads", jobs, "-cudart", "static", "-DUSE_CUDA", *DEFINES]
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-g0"]
+    includes = [f"-I{path}" for path in include_paths()]
+    run([nvcc, "-shared", *flags, *host, *codes, *includes, *extension.sources, *extension.depends,
+         *link_to_torch(nvcc, folder), "-o", str(output)])  # fmt: skip
+    return {"nvcc": release[1] if release else "unknown", "architectures": targets}
+
+
+def prepare() -> tuple[list[Extension], type[build_ext], str, str]:
+    """The extensions to build, the command that builds them, and why there is no CPU and no CUDA library."""
     if MODE == "none":
-        return [], build_ext, "MEMKERN_BUILD=none"
+        return [], build_ext, "MEMKERN_BUILD=none", "MEMKERN_BUILD=none"
     try:
-        extension, command = torch_extension()
-    except ImportError as error:
+        cpp, command = cpp_library()
+    except Unavailable as reason:
+        if MODE != "auto":
+            raise SystemExit(f"MEMKERN_BUILD={MODE}: {reason}") from reason
+        return [], build_ext, str(reason), str(reason)
+    try:
         if MODE == "cpp":
-            raise SystemExit(
-                f"MEMKERN_BUILD=cpp: torch is not importable at build time ({error}); "
-                "use pip install --no-build-isolation"
-            ) from error
-        return [], build_ext, f"torch was not importable at build time ({error}): use --no-build-isolation"
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if os.name != "nt" and not (shutil.which(compiler) or shutil.which("g++")):
-        if MODE == "cpp":
-            raise SystemExit("MEMKERN_BUILD=cpp: no C++ compiler on PATH")
-        return [], build_ext, "no C++ compiler on PATH at build time"
-    return [extension], command, ""
+            raise Unavailable("MEMKERN_BUILD=cpp")
+        find_nvcc()
+    except Unavailable as reason:
+        if MODE == "cuda":
+            raise SystemExit(f"MEMKERN_BUILD=cuda: {reason}") from reason
+        return [cpp], command, "", str(reason)
+    # The .cu file is not a source to setuptools: torch's build command would look for a CUDA build of torch.
+    sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.cpp"))
+    cuda = CudaLibrary("memkern._cuda", sources, depends=["csrc/cuda/launch.cu"], py_limited_api=True)
+    return [cpp, cuda], command, "", ""
 
 
-EXTENSIONS, BASE_COMMAND, REASON = prepare()
+EXTENSIONS, BASE_COMMAND, CPP_REASON, CUDA_REASON = prepare()
+for extension in EXTENSIONS:
+    extension.optional = MODE == "auto"
 
 
-def record(folder: Path, reason: str) -> None:
+def record(folder: Path, cpp: str = CPP_REASON, cuda_reason: str = CUDA_REASON, cuda: object = None) -> None:
     """Write what was built, or why not, into the package at `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    outcome = {"mode": MODE, "cpp": not reason, "reason": reason}
+    outcome = {"mode": MODE, "cpp": not cpp, "cuda": cuda, "reason": cpp, "cuda_reason": cuda_reason}
     (folder / "build.json").write_text(json.dumps(outcome, indent=2) + "\n")
 
 
@@ -78,16 +171,24 @@ class Build(BASE_COMMAND):  # type: ignore[misc, valid-type]
 
     def run(self) -> None:
         """Build, then write `memkern/build.json` beside the package."""
-        reason = REASON
-        if EXTENSIONS:
-            try:
-                super().run()
-            except Exception as error:
-                if MODE != "auto":
-                    raise
-                reason = f"the build failed: {error}".splitlines()[0]
-                print(f"memkern: {reason}; going on without the compiled part")
-        record(PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE, reason)
+        self.reasons, self.cuda = {"memkern._C": CPP_REASON, "memkern._cuda": CUDA_REASON}, None
+        super().run()
+        folder = PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
+        record(folder, self.reasons["memkern._C"], self.reasons["memkern._cuda"], self.cuda)
+
+    def build_extension(self, extension: Extension) -> None:
+        """Build one library."""
+        try:
+            if isinstance(extension, CudaLibrary):
+                output = Path(self.get_ext_fullpath(extension.name))
+                self.cuda = build_cuda(extension, output, Path(self.build_temp) / "cuda")
+            else:
+                super().build_extension(extension)
+        except Exception as error:
+            if MODE != "auto":
+                raise
+            self.reasons[extension.name] = f"the build failed: {error}".splitlines()[0]
+            print(f"memkern: {extension.name}: the build failed, going on without it: {error}")
 
     def get_outputs(self) -> list[str]:
         """None where the build was given up, so that nothing missing is packed."""
@@ -96,7 +197,7 @@ class Build(BASE_COMMAND):  # type: ignore[misc, valid-type]
 
 if not EXTENSIONS:
     # build_ext does not run: the record goes into the tree, and from there into the package as data.
-    record(PACKAGE, REASON)
+    record(PACKAGE)
 
 setup(
     ext_modules=EXTENSIONS,

@@ -65,5 +65,10 @@ def _build() -> str:
     if not record.exists():
         return "no record: not installed by its setup.py"
     built = json.loads(record.read_text())
-    outcome = "with the compiled CPU library" if built["cpp"] else f"pure Python: {built['reason']}"
-    return f"{outcome} (MEMKERN_BUILD={built['mode']})"
+    cpp = "with the compiled CPU library" if built["cpp"] else f"without the compiled CPU library: {built['reason']}"
+    cuda = built["cuda"]
+    if cuda is None:
+        gpu = f"without the CUDA library: {built['cuda_reason']}"
+    else:
+        gpu = f"with the CUDA library (nvcc {cuda['nvcc']}: {' '.join(cuda['architectures'])})"
+    return f"{cpp}; {gpu} (MEMKERN_BUILD={built['mode']})"

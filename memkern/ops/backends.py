@@ -66,7 +66,7 @@ def load_cuda(path: Path) -> str | None:
 
 _MISSING = {
     "cpp": _load_cpp(),
-    "cuda": load_cuda(Path(__file__).parents[1] / "_cuda.so"),
+    "cuda": load_cuda(Path(__file__).parents[1] / "_cuda.abi3.so"),
     "triton": None if importlib.util.find_spec("triton") else "triton is not installed",
 }
 

@@ -1,0 +1,58 @@
+// A plan on rows, for edit_embeds and edit_kv: out[b, l] = scale[b, l] * rows[b, source[b, l]].
+// Arithmetic is float (double for double), rounded once, as in the torch reference.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "geometry.h"
+#include "parameters.h"
+
+namespace memkern {
+
+// blockIdx.y is 0 for `first` and 1 for `second`: K and V in one launch. A source out of range gives a row of
+// NaN, since to report it would take a device sync. A scale of 0 selects 0, without a look at the row.
+template <typename T, int kSize>
+__global__ void edit_rows_kernel(EditRows<T> first, EditRows<T> second, EditPlan plan) {
+  using wide = typename Wide<T>::type;
+  const EditRows<T>& edit = blockIdx.y == 0 ? first : second;
+  const int64_t rows_at_once = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; i < plan.count;
+       i += rows_at_once) {
+    const int64_t source = plan.source[i];
+    const float scale = edit.scale[i];
+    const bool valid = source >= 0 && source < plan.length + plan.bank_length;
+    const T* row = nullptr;
+    if (valid && scale != 0.0f) {
+      const int64_t batch = i / plan.length;
+      row = source < plan.length ? edit.rows.at(batch, source) : edit.bank.at(batch, source - plan.length);
+    }
+    T* out = edit.out + i * plan.width;
+    for (int64_t column = static_cast<int64_t>(threadIdx.x) * kSize; column < plan.width;
+         column += static_cast<int64_t>(blockDim.x) * kSize) {
+      Vector<T, kSize> vector;
+      if (row == nullptr) {
+        for (int v = 0; v < kSize; ++v) {
+          vector.values[v] = static_cast<T>(valid ? 0.0f : nanf(""));
+        }
+      } else {
+        vector = *reinterpret_cast<const Vector<T, kSize>*>(row + column);
+        if (scale != 1.0f) {
+          for (int v = 0; v < kSize; ++v) {
+            vector.values[v] = static_cast<T>(static_cast<wide>(vector.values[v]) * static_cast<wide>(scale));
+          }
+        }
+      }
+      *reinterpret_cast<Vector<T, kSize>*>(out + column) = vector;
+    }
+  }
+}
+
+// Whether all rows, read and written, can be moved 16 bytes at a time.
+template <typename T>
+bool takes_vectors(const EditRows<T>& edit, int64_t width) {
+  return width % kVectorSize<T> == 0 && starts_at_16_bytes(edit.rows) && starts_at_16_bytes(edit.bank) &&
+         starts_at_16_bytes(edit.out);
+}
+
+}  // namespace memkern

@@ -1,0 +1,66 @@
+#include <cuda_runtime.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "edit_rows.cuh"
+#include "embed_tokens.cuh"
+#include "launch.h"
+
+namespace memkern {
+namespace {
+
+const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+}  // namespace
+
+// This library has a CUDA runtime of its own, linked in, which must be told the device that torch's guard
+// set.
+template <typename T>
+const char* launch_edit_rows(const EditRows<T>* edits, int tensors, const EditPlan& plan, int device,
+                             void* stream) {
+  if (const cudaError_t error = cudaSetDevice(device)) {
+    return message(error);
+  }
+  const EditRows<T>& last = edits[tensors - 1];
+  const bool vectors = takes_vectors(edits[0], plan.width) && takes_vectors(last, plan.width);
+  const int64_t size = vectors ? kVectorSize<T> : 1;
+  const Geometry geometry = cover(plan.count, (plan.width + size - 1) / size);
+  const dim3 grid(geometry.blocks, tensors);
+  const dim3 block(geometry.threads_x, geometry.threads_y);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if (vectors) {
+    edit_rows_kernel<T, kVectorSize<T>><<<grid, block, 0, queue>>>(edits[0], last, plan);
+  } else {
+    edit_rows_kernel<T, 1><<<grid, block, 0, queue>>>(edits[0], last, plan);
+  }
+  return message(cudaGetLastError());
+}
+
+template <typename T>
+const char* launch_embed_tokens(const EmbedTokens<T>& embed, int device, void* stream) {
+  if (const cudaError_t error = cudaSetDevice(device)) {
+    return message(error);
+  }
+  const bool vectors = takes_vectors(embed);
+  const int64_t size = vectors ? kVectorSize<T> : 1;
+  const Geometry geometry = cover(embed.count, (embed.width + size - 1) / size);
+  const dim3 block(geometry.threads_x, geometry.threads_y);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if (vectors) {
+    embed_tokens_kernel<T, kVectorSize<T>><<<geometry.blocks, block, 0, queue>>>(embed);
+  } else {
+    embed_tokens_kernel<T, 1><<<geometry.blocks, block, 0, queue>>>(embed);
+  }
+  return message(cudaGetLastError());
+}
+
+#define MEMKERN_INSTANTIATE(T)                                                                 \
+  template const char* launch_edit_rows(const EditRows<T>*, int, const EditPlan&, int, void*); \
+  template const char* launch_embed_tokens(const EmbedTokens<T>&, int, void*);
+
+MEMKERN_INSTANTIATE(float)
+MEMKERN_INSTANTIATE(double)
+MEMKERN_INSTANTIATE(torch::headeronly::Half)
+MEMKERN_INSTANTIATE(torch::headeronly::BFloat16)
+
+}  // namespace memkern
