@@ -3,19 +3,37 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+PYTEST = $(BIN)/python -m pytest
+CXX_FILES = $(shell find csrc tests/host_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
+# What `make test` leaves to a process of its own, or to a machine with a GPU.
+LAYERS = interpreter or aot or host_cuda or gpu
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow test-plain test-layers gpu bench lint format clean
 
 demo: $(READY)
 	$(BIN)/memkern demo
 
-test: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow"
+test: SPEED = not slow
+test test-slow: SPEED ?= slow or not slow
+test test-slow: test-plain test-layers
 
-test-slow: $(READY)
-	$(BIN)/python -m pytest
+test-plain: $(READY)
+	$(BIN)/ruff check .
+	$(PYTEST) -m "($(SPEED)) and not ($(LAYERS))"
+
+# Proof without a GPU, in three layers: kernels interpreted, compiled ahead of time, and run as C++ on the CPU.
+test-layers: test-plain
+	@echo "layer: interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) -m "($(SPEED)) and interpreter"
+	@echo "layer: aot"
+	$(PYTEST) -m "($(SPEED)) and aot"
+	@echo "layer: host_cuda"
+	$(PYTEST) -m "($(SPEED)) and host_cuda"
+
+# On a machine with an NVIDIA GPU: tests, benchmarks and their table.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 bench: $(READY)
 	mkdir -p .benchmarks
@@ -26,12 +44,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) build memkern/*.so memkern/build.json

@@ -102,7 +102,13 @@ def install(tree, mode, path=None):
 def test_pure_python_builds(tree, tmp_path, mode, reason):
     done, package = install(tree, mode, path=str(tmp_path))
     assert done.returncode == 0, done.stdout
-    assert json.loads((package / "build.json").read_text()) == {"mode": mode, "cpp": False, "reason": reason}
+    assert json.loads((package / "build.json").read_text()) == {
+        "mode": mode,
+        "cpp": False,
+        "cuda": None,
+        "reason": reason,
+        "cuda_reason": reason,
+    }
     assert not list(package.glob("_C*"))
     assert (package / "py.typed").exists()
 
@@ -116,17 +122,10 @@ def test_auto_survives_a_failing_build(tree):
     assert built["reason"].startswith(("the build failed", "no C++ compiler"))
 
 
-@pytest.mark.parametrize(
-    ("mode", "message"),
-    [
-        ("cuda", "MEMKERN_BUILD=cuda: this version of memkern has no CUDA sources"),
-        ("gpu", "MEMKERN_BUILD: expected one of auto, cpp, cuda, none, got 'gpu'"),
-    ],
-)
-def test_a_named_build_fails_loudly(tree, mode, message):
-    done, _ = install(tree, mode)
+def test_an_unknown_mode_fails_loudly(tree):
+    done, _ = install(tree, "gpu")
     assert done.returncode != 0
-    assert message in done.stdout + done.stderr
+    assert "MEMKERN_BUILD: expected one of auto, cpp, cuda, none, got 'gpu'" in done.stdout + done.stderr
 
 
 def test_cpp_fails_loudly_without_a_compiler(tree, tmp_path):
@@ -142,3 +141,106 @@ def test_a_library_that_does_not_load_is_named_and_bypassed(tmp_path):
     result = python("import memkern; print(memkern.info())", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "backend cpp    the compiled CPU library does not load with torch" in result.stdout
+
+
+@pytest.fixture
+def no_nvcc(tmp_path, monkeypatch):
+    """A PATH with a compiler and without nvcc."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("c++", "g++", "gcc", "cc", "as", "ld", "sh"):
+        if shutil.which(name):
+            (tools / name).symlink_to(shutil.which(name))
+    for name in ("CUDA_HOME", "CUDA_PATH", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    return str(tools)
+
+
+@pytest.fixture
+def fake_nvcc(no_nvcc):
+    """The same with an nvcc that knows its version and its architectures, and compiles nothing."""
+    nvcc = Path(no_nvcc) / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  --version) echo release 13.0, V13.0.88;;\n"
+        "  --list-gpu-arch) echo compute_80 compute_90;;\n"
+        "  *) echo injected >&2; exit 1;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return no_nvcc
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_cuda_fails_loudly_without_nvcc(tree, no_nvcc):
+    done, _ = install(tree, "cuda", path=no_nvcc)
+    assert done.returncode != 0
+    assert "MEMKERN_BUILD=cuda: no nvcc: set CUDA_HOME, or put it on PATH" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [(False, "no nvcc: set CUDA_HOME, or put it on PATH"), (True, "the build failed: nvcc failed: injected")],
+    ids=["without nvcc", "with an nvcc that fails"],
+)
+def test_auto_goes_on_without_the_cuda_library(tree, no_nvcc, request, nvcc, reason):
+    if nvcc:
+        request.getfixturevalue("fake_nvcc")
+    done, package = install(tree, "auto", path=no_nvcc)
+    assert done.returncode == 0, done.stdout
+    built = json.loads((package / "build.json").read_text())
+    assert built["cpp"], built["reason"]
+    assert built["cuda"] is None
+    assert built["cuda_reason"].replace(f"{no_nvcc}/", "") == reason
+    assert not list(package.glob("_cuda*"))
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_a_bad_list_of_architectures_is_named(tree, fake_nvcc, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    done, _ = install(tree, "cuda", path=fake_nvcc)
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: expected capabilities such as 8.0;9.0+PTX, got '8.0;Hopper'" in done.stdout + done.stderr
+
+
+def cuda_library():
+    """The CUDA library of this installation; skips where none was built."""
+    built = json.loads((Path(memkern.__file__).parent / "build.json").read_text())
+    if built["cuda"] is None:
+        pytest.skip(f"no CUDA library: {built['cuda_reason']}")
+    return Path(memkern.__file__).parent / "_cuda.abi3.so", built["cuda"]["architectures"]
+
+
+def test_the_cuda_library_is_here_wherever_it_can_be():
+    built = json.loads((Path(memkern.__file__).parent / "build.json").read_text())
+    there = (Path(memkern.__file__).parent / "_cuda.abi3.so").exists()
+    assert there == (built["cuda"] is not None)
+    asked = built["mode"] in ("auto", "cuda") and HAS_COMPILER
+    assert there or not asked or shutil.which("nvcc") is None, built["cuda_reason"]
+
+
+def test_the_cuda_library_has_code_for_every_architecture():
+    """Read from the fat binary's headers: machine code for each, PTX for the newest."""
+    library, architectures = cuda_library()
+    tool = shutil.which("cuobjdump") or pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin/cuobjdump"
+    listing = {
+        kind: subprocess.run([tool, f"--list-{kind}", library], capture_output=True, text=True, check=True).stdout
+        for kind in ("elf", "ptx")
+    }
+    for name in architectures:
+        kind, number = name.split("_")
+        assert f"sm_{number}" in listing["elf" if kind == "sm" else "ptx"]
+
+
+def test_the_cuda_library_names_the_libraries_it_needs():
+    """libtorch_cuda by name, though it is linked without it: Python loads libtorch for itself alone."""
+    library, _ = cuda_library()
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf")
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    for needed in ("libtorch_cuda.so", "libtorch_cpu.so"):
+        assert f"[{needed}]" in dynamic
+    assert "libcudart" not in dynamic
+    assert "libpython" not in dynamic

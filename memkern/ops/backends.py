@@ -64,10 +64,18 @@ def load_cuda(path: Path) -> str | None:
     return None
 
 
+def _find_triton() -> str | None:
+    """Why there is no Triton, or None; it is imported on first use only."""
+    with contextlib.suppress(ImportError):
+        if importlib.util.find_spec("triton") is not None:
+            return None
+    return "triton is not installed"
+
+
 _MISSING = {
     "cpp": _load_cpp(),
     "cuda": load_cuda(Path(__file__).parents[1] / "_cuda.abi3.so"),
-    "triton": None if importlib.util.find_spec("triton") else "triton is not installed",
+    "triton": _find_triton(),
 }
 
 

@@ -12,11 +12,9 @@ from operators import assert_accurate, random_plan
 
 from memkern import Role, ops, token_roles
 
-pytestmark = pytest.mark.host_cuda
-
 COMPILER = shutil.which(os.environ.get("CXX", "g++").split()[0])
-if COMPILER is None:
-    pytest.skip("no C++ compiler", allow_module_level=True)
+
+pytestmark = [pytest.mark.host_cuda, pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [(2, 77, 768), (3, 154, 40), (1, 77, 1), (5, 9, 33), (2, 77, 2048), (1, 1, 8)]
@@ -172,8 +170,14 @@ def test_a_wrong_index_shows(tmp_path, mutation):
     (sources / "cuda" / name).write_text(text.replace(right, wrong))
     mutant = kernels.build(sources, tmp_path, COMPILER)
     with pytest.raises(AssertionError):
-        if name == "edit_rows.cuh":
-            check_edit(mutant, *edits((2, 77, 64), torch.float32, 2, tensors=2), blocks=3)
-        else:
-            check_embed(mutant, *tokens(3, 77, 64, torch.float32), blocks=2)
-            test_embed_answers_a_bad_id_with_nan(mutant, 50)
+        check_everything(mutant)
+
+
+def test_a_right_index_does_not(library):
+    check_everything(library)
+
+
+def check_everything(library):
+    check_edit(library, *edits((2, 77, 64), torch.float32, 2, tensors=2), blocks=3)
+    check_embed(library, *tokens(3, 77, 64, torch.float32), blocks=2)
+    test_embed_answers_a_bad_id_with_nan(library, 50)
