@@ -202,7 +202,9 @@ def test_a_bad_list_of_architectures_is_named(tree, fake_nvcc, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
     done, _ = install(tree, "cuda", path=fake_nvcc)
     assert done.returncode != 0
-    assert "TORCH_CUDA_ARCH_LIST: expected capabilities such as 8.0;9.0+PTX, got '8.0;Hopper'" in done.stdout + done.stderr
+    assert (
+        "TORCH_CUDA_ARCH_LIST: expected capabilities such as 8.0;9.0+PTX, got '8.0;Hopper'" in done.stdout + done.stderr
+    )
 
 
 def cuda_library():

@@ -56,8 +56,14 @@ PLACES = (
         "absorbed_attention", 16, 320, "BLOCK_M BLOCK_C PART_C", (64, 32, 64, 8, 2), (32, 32, 64, 8, 2),
         (32, 32, 256, 8, 2),
     ),
+    # Layers of up to 640 channels have rows enough for tall tiles, which load A and VO fewer times.
+    place("absorbed_probabilities", 16, 640, "BLOCK_M BLOCK_C", (128, 64, 8, 3), (64, 64, 4, 3), (16, 32, 4, 1)),
     place("absorbed_probabilities", 16, None, "BLOCK_M BLOCK_C", (64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 1)),
     place("absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C", (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+    place(
+        "absorbed_values", 16, 640, "BLOCK_M BLOCK_N BLOCK_C", (128, 32, 64, 8, 3), (128, 16, 64, 8, 3),
+        (64, 16, 64, 4, 3), (32, 16, 64, 4, 1), (16, 16, 64, 4, 1),
+    ),
     place(
         "absorbed_values", 16, None, "BLOCK_M BLOCK_N BLOCK_C", (64, 32, 64, 4, 3), (64, 16, 64, 4, 3),
         (32, 16, 64, 4, 1), (16, 16, 64, 4, 1),

@@ -1,0 +1,86 @@
+"""Tests and benchmarks on a GPU, and their table: `make gpu`, or `python benchmarks/gpu.py` where memkern is installed.
+
+Writes benchmarks/gpu/<card>.md and the raw numbers beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+import memkern
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path(os.environ.get("OUT", ROOT / "benchmarks/gpu"))
+
+
+def pytest(*arguments: str) -> tuple[int, str]:
+    """Run pytest; its status and its last line."""
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    print(done.stdout)
+    return done.returncode, done.stdout.strip().splitlines()[-1].strip("= ")
+
+
+def table(run: dict) -> list[str]:
+    """A table per group: times, and how many times as fast as the first, which is the alternative."""
+    groups = defaultdict(list)
+    for bench in run["benchmarks"]:
+        groups[bench["group"]].append((bench["name"], bench["extra_info"]))
+    lines = []
+    for group, rows in groups.items():
+        base = dict(rows).get("diffusers") or dict(rows)["clone"]
+        lines += [
+            "",
+            f"### {group}",
+            "",
+            "| | median, µs (20–80 %) | speed-up | in a CUDA graph, µs | speed-up | share of the floor |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for name, info in rows:
+            low, high = info["quantiles_us"]
+            cells = [
+                f"{info['median_us']:.1f} ({low:.1f}–{high:.1f})",
+                f"{base['median_us'] / info['median_us']:.2f}×",
+                f"{info['graph_us']:.1f}",
+                f"{base['graph_us'] / info['graph_us']:.2f}×",
+                f"{info['floor_us'] / info['graph_us']:.0%}",
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> int:
+    """Run everything, and write the table even if something failed."""
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu.py: torch sees no GPU", file=sys.stderr)
+        return 1
+    card = torch.cuda.get_device_name()
+    name = re.sub(r"[^A-Za-z0-9]+", "-", card).strip("-")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    raw = FOLDER / f"{name}.json"
+    tests, summary = pytest("-m", "gpu", "tests")
+    benchmarks, _ = pytest("benchmarks/bench_gpu.py", "--benchmark-only", f"--benchmark-json={raw}")
+    lines = [f"# {card}", "", "```", str(memkern.info()), "```", "", f"Tests: {summary}", ""]
+    if raw.exists():
+        run = json.loads(raw.read_text())
+        ceiling = run["benchmarks"][0]["extra_info"]["ceiling"]
+        lines.append(
+            f"Ceilings measured in this run: copy {ceiling['bytes'] / 1e12:.2f} TB/s, float16 product "
+            f"{ceiling['operations'] / 1e12:.0f} TFLOP/s. The floor is the larger of bytes and operations over them "
+            "(benchmarks/model.md). Medians are with a cold L2 cache and launches, graphs with a warm one and without."
+        )
+        lines += table(run)
+    (FOLDER / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"written: {FOLDER / name}.md")
+    return tests or benchmarks
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What only a GPU can show: CUDA graphs, torch.compile with its own kernels, streams and devices, a whole pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operators import random_plan
+
+import memkern
+from memkern import ops
+from memkern.ops import backends
+from memkern.testing import tiny_pipeline
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def cases(device="cuda", dtype=torch.float16):
+    """Operator → arguments of ordinary size."""
+    torch.manual_seed(0)
+    source, scale = random_plan(2, 77, 77)
+    rows = torch.randn(2, 77, 64).to(dtype)
+    q, k = torch.randn(2, 4, 33, 40).to(dtype), torch.randn(2, 4, 77, 40).to(dtype)
+    x, a = torch.randn(2, 33, 320).to(dtype), (torch.randn(2, 4, 77, 320) / 18).to(dtype)
+    bias = torch.randn(2, 77)
+    bias[0, 30:] = -torch.inf
+    ids, roles = torch.randint(0, 50, (2, 77)), torch.randint(0, 4, (2, 77), dtype=torch.uint8)
+    roles[:, 0] = 0
+    found = {
+        "edit_embeds": (rows, None, source, scale),
+        "edit_kv": (rows, rows, None, None, source, scale, scale),
+        "embed_tokens": (ids, roles, torch.randn(50, 64).to(dtype), torch.randn(77, 64).to(dtype), 0),
+        "biased_attention": (q, k, k, bias, 0.15),
+        "absorbed_attention": (x, a, bias, a, None, x),
+    }
+    return {
+        name: tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments)
+        for name, arguments in found.items()
+    }
+
+
+OPERATORS = list(cases("cpu"))
+
+
+def same(ours, theirs):
+    """Results of one computation in another setting."""
+    ours, theirs = (value if isinstance(value, tuple) else (value,) for value in (ours, theirs))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.float().cpu(), other.float().cpu(), atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_auto_runs_a_kernel(operator):
+    arguments = cases()[operator]
+    same(getattr(ops, operator)(*arguments), getattr(ops, operator)(*arguments, backend="torch"))
+    assert not [failure for failure in backends.failures() if operator in failure]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
+def test_cuda_graph(operator, backend):
+    """Captured once, replayed on other values."""
+    if backends.refusals(backend, torch.device("cuda"), torch.float16, operator):
+        pytest.skip(f"{backend} does not serve {operator}")
+    arguments, run = cases()[operator], getattr(ops, operator)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(*arguments, backend=backend)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*arguments, backend=backend)
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.dtype == torch.float16:
+            argument.mul_(0.5)
+    graph.replay()
+    same(captured, run(*arguments, backend="torch"))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compile(operator, backend):
+    arguments, run = cases()[operator], getattr(ops, operator)
+    compiled = torch.compile(lambda *given: run(*given, backend=backend), fullgraph=True)
+    same(compiled(*arguments), run(*arguments, backend="torch"))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_another_stream(operator):
+    """Launches go to the current stream: they wait for what that stream waits for."""
+    arguments, run = cases()[operator], getattr(ops, operator)
+    expected = run(*arguments, backend="torch")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+        result = run(*late)
+    stream.synchronize()
+    same(result, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_another_device(operator):
+    arguments = cases("cuda:1")[operator]
+    same(getattr(ops, operator)(*arguments), getattr(ops, operator)(*arguments, backend="torch"))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("policy", ["swap-pad-zero-eot", "zero-pad:0.7", "prompt-eot-from-pad", "none"])
+def test_a_patched_pipeline_gives_the_pictures_of_the_cpu(tokenizers, policy):
+    latents, embeds = [], []
+    for device in ("cpu", "cuda"):
+        pipe = tiny_pipeline(tokenizers["sd1"]).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        memkern.patch(pipe, policy)
+        embeds.append(pipe.encode_prompt("a cat on a mat", torch.device(device), 1, True))
+        generator = torch.Generator().manual_seed(0)
+        result = pipe("a cat on a mat", num_inference_steps=3, output_type="latent", generator=generator)
+        latents.append(result.images)
+    for ours, theirs in zip(*embeds, strict=True):
+        torch.testing.assert_close(theirs.cpu(), ours, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(latents[1].cpu(), latents[0], atol=1e-2, rtol=1e-2)
