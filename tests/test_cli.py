@@ -26,8 +26,7 @@ def test_info_as_a_module():
         "triton",
         "cuda",
         "build",
-        "backend",
-        "backend",
+        *["backend"] * 4,
     ]
 
 

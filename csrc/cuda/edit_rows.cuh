@@ -2,6 +2,7 @@
 // Arithmetic is float (double for double), rounded once, as in the torch reference.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -15,7 +16,8 @@ namespace memkern {
 template <typename T, int kSize>
 __global__ void edit_rows_kernel(EditRows<T> first, EditRows<T> second, EditPlan plan) {
   using wide = typename Wide<T>::type;
-  const EditRows<T>& edit = blockIdx.y == 0 ? first : second;
+  // A copy: a reference to one of the two would put both into local memory.
+  const EditRows<T> edit = blockIdx.y == 0 ? first : second;
   const int64_t rows_at_once = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; i < plan.count;
        i += rows_at_once) {
@@ -48,11 +50,13 @@ __global__ void edit_rows_kernel(EditRows<T> first, EditRows<T> second, EditPlan
   }
 }
 
-// Whether all rows, read and written, can be moved 16 bytes at a time.
+// How to launch it for `tensors` edits, 1 or 2.
 template <typename T>
-bool takes_vectors(const EditRows<T>& edit, int64_t width) {
-  return width % kVectorSize<T> == 0 && starts_at_16_bytes(edit.rows) && starts_at_16_bytes(edit.bank) &&
-         starts_at_16_bytes(edit.out);
+Geometry edit_rows_geometry(const EditRows<T>* edits, int tensors, const EditPlan& plan) {
+  const bool aligned = std::all_of(edits, edits + tensors, [](const EditRows<T>& edit) {
+    return starts_at_16_bytes(edit.rows) && starts_at_16_bytes(edit.bank) && starts_at_16_bytes(edit.out);
+  });
+  return cover<T>(plan.count, plan.width, aligned);
 }
 
 }  // namespace memkern

@@ -36,13 +36,12 @@ __global__ void embed_tokens_kernel(EmbedTokens<T> embed) {
   }
 }
 
-// Whether all rows, read and written, can be moved 16 bytes at a time.
 template <typename T>
-bool takes_vectors(const EmbedTokens<T>& embed) {
-  constexpr int64_t kSize = kVectorSize<T>;
-  return embed.width % kSize == 0 && embed.token_stride % kSize == 0 && embed.position_stride % kSize == 0 &&
-         starts_at_16_bytes(embed.tokens) && starts_at_16_bytes(embed.positions) &&
-         starts_at_16_bytes(embed.out);
+Geometry embed_tokens_geometry(const EmbedTokens<T>& embed) {
+  const bool aligned = embed.token_stride % kVectorSize<T> == 0 &&
+                       embed.position_stride % kVectorSize<T> == 0 && starts_at_16_bytes(embed.tokens) &&
+                       starts_at_16_bytes(embed.positions) && starts_at_16_bytes(embed.out);
+  return cover<T>(embed.count, embed.width, aligned);
 }
 
 }  // namespace memkern

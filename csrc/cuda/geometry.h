@@ -8,26 +8,6 @@
 
 namespace memkern {
 
-// Threads of a block: x along a row, y over rows. Blocks stride over the rows that are left.
-struct Geometry {
-  unsigned blocks;
-  unsigned threads_x;
-  unsigned threads_y;
-};
-
-// Covers `count` rows of `vectors` vectors each; both at least 1.
-inline Geometry cover(int64_t count, int64_t vectors) {
-  constexpr unsigned kThreads = 256;
-  constexpr int64_t kMostBlocks = 1 << 16;
-  unsigned threads_x = 8;
-  while (threads_x < kThreads && threads_x < vectors) {
-    threads_x *= 2;
-  }
-  const unsigned threads_y = kThreads / threads_x;
-  const int64_t blocks = (count + threads_y - 1) / threads_y;
-  return {static_cast<unsigned>(std::min(blocks, kMostBlocks)), threads_x, threads_y};
-}
-
 // Values that a thread moves at once: 16 bytes, or one value where rows do not start at 16 bytes.
 template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Vector {
@@ -36,6 +16,30 @@ struct alignas(sizeof(T) * kSize) Vector {
 
 template <typename T>
 constexpr int kVectorSize = 16 / sizeof(T);
+
+// Threads of a block: x along a row, y over rows. Blocks stride over the rows that are left.
+struct Geometry {
+  unsigned blocks;
+  unsigned threads_x;
+  unsigned threads_y;
+  bool vectors;  // whether a thread moves 16 bytes at once, or one value
+};
+
+// Covers `count` rows of `width` values; `aligned` tells that each starts at 16 bytes.
+template <typename T>
+Geometry cover(int64_t count, int64_t width, bool aligned) {
+  constexpr unsigned kThreads = 256;
+  constexpr int64_t kMostBlocks = 1 << 16;
+  const bool vectors = aligned && width % kVectorSize<T> == 0;
+  const int64_t moves = vectors ? width / kVectorSize<T> : width;
+  unsigned threads_x = 8;
+  while (threads_x < kThreads && threads_x < moves) {
+    threads_x *= 2;
+  }
+  const unsigned threads_y = kThreads / threads_x;
+  const int64_t blocks = (count + threads_y - 1) / threads_y;
+  return {static_cast<unsigned>(std::min(blocks, kMostBlocks)), threads_x, threads_y, vectors};
+}
 
 // What a value is computed in.
 template <typename T>

@@ -22,13 +22,11 @@ const char* launch_edit_rows(const EditRows<T>* edits, int tensors, const EditPl
     return message(error);
   }
   const EditRows<T>& last = edits[tensors - 1];
-  const bool vectors = takes_vectors(edits[0], plan.width) && takes_vectors(last, plan.width);
-  const int64_t size = vectors ? kVectorSize<T> : 1;
-  const Geometry geometry = cover(plan.count, (plan.width + size - 1) / size);
+  const Geometry geometry = edit_rows_geometry(edits, tensors, plan);
   const dim3 grid(geometry.blocks, tensors);
   const dim3 block(geometry.threads_x, geometry.threads_y);
   const auto queue = static_cast<cudaStream_t>(stream);
-  if (vectors) {
+  if (geometry.vectors) {
     edit_rows_kernel<T, kVectorSize<T>><<<grid, block, 0, queue>>>(edits[0], last, plan);
   } else {
     edit_rows_kernel<T, 1><<<grid, block, 0, queue>>>(edits[0], last, plan);
@@ -41,12 +39,10 @@ const char* launch_embed_tokens(const EmbedTokens<T>& embed, int device, void* s
   if (const cudaError_t error = cudaSetDevice(device)) {
     return message(error);
   }
-  const bool vectors = takes_vectors(embed);
-  const int64_t size = vectors ? kVectorSize<T> : 1;
-  const Geometry geometry = cover(embed.count, (embed.width + size - 1) / size);
+  const Geometry geometry = embed_tokens_geometry(embed);
   const dim3 block(geometry.threads_x, geometry.threads_y);
   const auto queue = static_cast<cudaStream_t>(stream);
-  if (vectors) {
+  if (geometry.vectors) {
     embed_tokens_kernel<T, kVectorSize<T>><<<geometry.blocks, block, 0, queue>>>(embed);
   } else {
     embed_tokens_kernel<T, 1><<<geometry.blocks, block, 0, queue>>>(embed);

@@ -15,12 +15,18 @@ NAMES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "flo
 GUARD = 4096
 """Bytes before and behind every buffer."""
 
+POISON = 0xFF
+"""Around inputs: read as any dtype it is NaN, or an index out of range."""
+
+PATTERN = 0xA5
+"""Around outputs: another, so that poison copied there is seen as well."""
+
 
 def build(sources: Path, folder: Path, compiler: str) -> ctypes.CDLL:
     """Compile the kernel bodies of `sources` for the CPU, into `folder`."""
     library = folder / "kernels.so"
     includes = [f"-I{path}" for path in (sources / "cuda", HERE, *include_paths())]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", *includes]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-include", "shim.h", *includes]
     subprocess.run([*command, str(HERE / "run.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
@@ -28,15 +34,15 @@ def build(sources: Path, folder: Path, compiler: str) -> ctypes.CDLL:
 class Guarded:
     """A tensor's storage between guard zones.
 
-    Around an input they hold what shows in the result if it is read: NaN, or an index that is out of range.
-    Around an output they hold a pattern that must still be there afterwards.
+    What an input's zones hold shows in the result if it is read; what an output's hold must still be there
+    afterwards.
     """
 
-    def __init__(self, tensor: torch.Tensor, shift: int = 0) -> None:
+    def __init__(self, tensor: torch.Tensor, shift: int = 0, zone: int = POISON) -> None:
         """Copy `tensor`, strides included, `shift` bytes off the alignment of 64."""
-        self.tensor = tensor
+        self.tensor, self.zone = tensor, zone
         size = tensor.untyped_storage().nbytes()
-        self.memory = torch.full((GUARD + shift + size + GUARD + 64,), 0xFF, dtype=torch.uint8)
+        self.memory = torch.full((GUARD + shift + size + GUARD + 64,), zone, dtype=torch.uint8)
         start = GUARD + shift + (-self.memory.data_ptr() - GUARD) % 64
         self.inside = slice(start, start + size)
         self.memory[self.inside] = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
@@ -50,7 +56,7 @@ class Guarded:
     def result(self) -> torch.Tensor:
         """What is there now, after a look at the guard zones."""
         outside = torch.cat([self.memory[: self.inside.start], self.memory[self.inside.stop :]])
-        assert (outside == 0xFF).all(), "written outside the buffer"
+        assert (outside == self.zone).all(), "written outside the buffer"
         return self.memory[self.inside].clone().view(self.tensor.dtype).view(self.tensor.shape)
 
 
@@ -93,7 +99,7 @@ def edit(library, edits, source, shift=0, blocks=0):
     kept, structures, outputs = [], [], []
     for rows, bank, scale in edits:
         guards = [Guarded(rows, shift), None if bank is None else Guarded(bank, shift), Guarded(scale)]
-        out = Guarded(torch.full((batch, length, width), float("nan"), dtype=rows.dtype), shift)
+        out = Guarded(torch.full((batch, length, width), float("nan"), dtype=rows.dtype), shift, PATTERN)
         views = [
             Rows(None, 0, 0) if guard is None else Rows(guard.pointer, *guard.tensor.stride()[:2])
             for guard in guards[:2]
@@ -113,7 +119,7 @@ def edit(library, edits, source, shift=0, blocks=0):
 def embed(library, ids, roles, tokens, positions, pad_id, shift=0, blocks=0):
     """Run embed_tokens_kernel. The output, and whether in 16 bytes."""
     guards = [Guarded(ids), Guarded(roles), Guarded(tokens, shift), Guarded(positions, shift)]
-    out = Guarded(torch.full((*ids.shape, tokens.shape[1]), float("nan"), dtype=tokens.dtype), shift)
+    out = Guarded(torch.full((*ids.shape, tokens.shape[1]), float("nan"), dtype=tokens.dtype), shift, PATTERN)
     strides = tokens.stride(0), positions.stride(0)
     sizes = ids.numel(), ids.shape[1], tokens.shape[0], tokens.shape[1]
     arguments = EmbedTokens(*(guard.pointer for guard in (*guards, out)), *strides, *sizes, pad_id, 3)

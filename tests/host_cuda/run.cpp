@@ -1,11 +1,11 @@
-// The CUDA kernels' own bodies, run on the CPU in the geometry that they are launched in.
+// The CUDA kernels' own bodies, run on the CPU in the geometry that they are launched in. The compiler is
+// told to read shim.h first.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "shim.h"
-
 #include "edit_rows.cuh"
 #include "embed_tokens.cuh"
+
 namespace {
 
 using namespace memkern;
@@ -15,28 +15,25 @@ using namespace memkern;
 template <typename T>
 bool edit(const EditRows<T>* edits, int tensors, const EditPlan& plan, unsigned blocks) {
   const EditRows<T>& last = edits[tensors - 1];
-  const bool vectors = takes_vectors(edits[0], plan.width) && takes_vectors(last, plan.width);
-  const int64_t size = vectors ? kVectorSize<T> : 1;
-  const Geometry geometry = cover(plan.count, (plan.width + size - 1) / size);
+  const Geometry geometry = edit_rows_geometry(edits, tensors, plan);
   const Index grid{blocks ? blocks : geometry.blocks, static_cast<unsigned>(tensors)};
   const Index block{geometry.threads_x, geometry.threads_y};
   for_every_thread(grid, block, [&] {
-    vectors ? edit_rows_kernel<T, kVectorSize<T>>(edits[0], last, plan)
-            : edit_rows_kernel<T, 1>(edits[0], last, plan);
+    geometry.vectors ? edit_rows_kernel<T, kVectorSize<T>>(edits[0], last, plan)
+                     : edit_rows_kernel<T, 1>(edits[0], last, plan);
   });
-  return vectors;
+  return geometry.vectors;
 }
 
 template <typename T>
 bool embed(const EmbedTokens<T>& arguments, unsigned blocks) {
-  const bool vectors = takes_vectors(arguments);
-  const int64_t size = vectors ? kVectorSize<T> : 1;
-  const Geometry geometry = cover(arguments.count, (arguments.width + size - 1) / size);
+  const Geometry geometry = embed_tokens_geometry(arguments);
   const Index block{geometry.threads_x, geometry.threads_y};
   for_every_thread({blocks ? blocks : geometry.blocks, 1}, block, [&] {
-    vectors ? embed_tokens_kernel<T, kVectorSize<T>>(arguments) : embed_tokens_kernel<T, 1>(arguments);
+    geometry.vectors ? embed_tokens_kernel<T, kVectorSize<T>>(arguments)
+                     : embed_tokens_kernel<T, 1>(arguments);
   });
-  return vectors;
+  return geometry.vectors;
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.host_cuda, pytest.mark.skipif(COMPILER is None, reason
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [(2, 77, 768), (3, 154, 40), (1, 77, 1), (5, 9, 33), (2, 77, 2048), (1, 1, 8)]
-WIDTHS_IN_VECTORS = (768, 40, 2048, 8)
+SHAPES += [(0, 77, 64), (2, 0, 64), (2, 77, 0)]
+WIDTHS_IN_VECTORS = (768, 40, 2048, 8, 64)
 EOT = 49
 
 
@@ -31,7 +32,7 @@ def edits(shape, dtype, bank_rows, tensors=1, seed=0):
     """One or two of (rows, bank, scale), and their source."""
     batch, length, width = shape
     torch.manual_seed(seed)
-    source, _ = random_plan(batch, length, length + bank_rows, seed)
+    source, _ = random_plan(batch, length, max(1, length + bank_rows), seed)
     found = []
     for index in range(tensors):
         rows = torch.randn(shape).to(dtype)
@@ -150,6 +151,10 @@ MUTATIONS = {
     "a row written too far": ("edit_rows.cuh", "edit.out + i * plan.width", "edit.out + (i + 1) * plan.width"),
     "one row too many": ("edit_rows.cuh", "i < plan.count", "i <= plan.count"),
     "one column too many": ("edit_rows.cuh", "column < plan.width", "column < plan.width + kSize"),
+    "a source unchecked": ("edit_rows.cuh", "source < plan.length + plan", "source <= plan.length + plan"),
+    "a source below 0": ("edit_rows.cuh", "source >= 0 &&", "source >= -1 &&"),
+    "a product with 0": ("edit_rows.cuh", "valid && scale != 0.0f", "valid"),
+    "V left out": ("edit_rows.cuh", "first : second", "first : first"),
     "a stride that skips": ("edit_rows.cuh", "i += rows_at_once", "i += rows_at_once + 1"),
     "the neighbour's batch": ("edit_rows.cuh", "i / plan.length", "(i + 1) / plan.length"),
     "another position": ("embed_tokens.cuh", "i % embed.length", "(i + 1) % embed.length"),
@@ -180,4 +185,5 @@ def test_a_right_index_does_not(library):
 def check_everything(library):
     check_edit(library, *edits((2, 77, 64), torch.float32, 2, tensors=2), blocks=3)
     check_embed(library, *tokens(3, 77, 64, torch.float32), blocks=2)
+    test_zero_selects_one_copies_and_a_bad_source_is_nan(library, torch.float32, 64)
     test_embed_answers_a_bad_id_with_nan(library, 50)
