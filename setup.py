@@ -36,10 +36,6 @@ class Unavailable(Exception):
     """Why something cannot be built here."""
 
 
-class CudaLibrary(Extension):
-    """A library that nvcc compiles and links in one call, and that knows nothing of Python."""
-
-
 def cpp_library() -> tuple[Extension, type[build_ext]]:
     """The CPU library, and torch's build command."""
     try:
@@ -51,7 +47,7 @@ def cpp_library() -> tuple[Extension, type[build_ext]]:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if os.name != "nt" and not (shutil.which(compiler) or shutil.which("g++")):
         raise Unavailable("no C++ compiler on PATH at build time")
-    flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+    flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fopenmp-simd", "-fvisibility=hidden", "-Wall"]
     sources = ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
     extension = CppExtension(
         "memkern._C", sources, depends=HEADERS, extra_compile_args=DEFINES + flags, py_limited_api=True
@@ -64,10 +60,17 @@ def find_nvcc() -> str:
     """The path of nvcc."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for candidate in (os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes), "nvcc"):
-        found = candidate and shutil.which(candidate)
-        if found:
+        if found := candidate and shutil.which(candidate):
             return found
     raise Unavailable("no nvcc: set CUDA_HOME, or put it on PATH")
+
+
+def run(command: list[str]) -> str:
+    """What a compiler prints; where it fails, that is in the error."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Unavailable(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
 
 
 def architectures(nvcc: str) -> list[str]:
@@ -79,17 +82,11 @@ def architectures(nvcc: str) -> list[str]:
             raise Unavailable(f"TORCH_CUDA_ARCH_LIST: expected capabilities such as 8.0;9.0+PTX, got {asked!r}")
         return [name for major, minor, ptx in wanted
                 for name in (f"sm_{major}{minor}", *([f"compute_{major}{minor}"] if ptx else []))]  # fmt: skip
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    listed = run([nvcc, "--list-gpu-arch"]).split()
     can = [number for number in ARCHITECTURES if f"compute_{number}" in listed]
+    if not can:
+        raise Unavailable(f"{nvcc} compiles for none of {', '.join(map(str, ARCHITECTURES))}")
     return [*(f"sm_{number}" for number in can), f"compute_{can[-1]}"]
-
-
-def run(command: list[str]) -> None:
-    """Run a compiler; its messages go into the error, its command into the build's output."""
-    print(" ".join(command))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Unavailable(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
 
 
 def link_to_torch(nvcc: str, folder: Path) -> list[str]:
@@ -107,26 +104,27 @@ def link_to_torch(nvcc: str, folder: Path) -> list[str]:
         stub = folder / "libtorch_cuda.so"
         run([nvcc, "-shared", "-cudart", "none", "-Xlinker", "-soname=libtorch_cuda.so", str(empty), "-o", str(stub)])
         paths = [*paths, str(folder)]
-    names = ["-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_cuda"]
-    return [*(f"-L{path}" for path in paths), "-Xlinker", "--no-as-needed", *names]
+    flags = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_cuda"]
+    return [*(f"-L{path}" for path in paths), *flags]
 
 
-def build_cuda(extension: CudaLibrary, output: Path, folder: Path) -> dict[str, object]:
-    """Compile and link the CUDA library; what with and for what."""
+def build_cuda(output: Path, folder: Path) -> dict[str, object]:
+    """Compile and link the CUDA library, which knows nothing of Python, in one call; what with and for what."""
     from torch.utils.cpp_extension import include_paths
 
     nvcc = find_nvcc()
     targets = architectures(nvcc)
-    release = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    release = re.search(r"release ([\d.]+)", run([nvcc, "--version"]))
     for place in (folder, output.parent):
         place.mkdir(parents=True, exist_ok=True)
     codes = [f"-gencode=arch=compute_{target.split('_')[1]},code={target}" for target in targets]
     jobs = os.environ.get("NVCC_THREADS") or os.environ.get("MAX_JOBS") or str(min(4, os.cpu_count() or 1))
     flags = ["-O3", "-std=c++17", "--threads", jobs, "-cudart", "static", "-DUSE_CUDA", *DEFINES]
-    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-g0"]
-    includes = [f"-I{path}" for path in include_paths()]
-    run([nvcc, "-shared", *flags, *host, *codes, *includes, *extension.sources, *extension.depends,
-         *link_to_torch(nvcc, folder), "-o", str(output)])  # fmt: skip
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-g0", *(f"-I{path}" for path in include_paths())]
+    sources = [str(path) for pattern in ("*.cpp", "*.cu") for path in sorted(Path("csrc/cuda").glob(pattern))]
+    command = [nvcc, "-shared", *flags, *codes, *sources, *link_to_torch(nvcc, folder), "-o", str(output)]
+    print(" ".join(command))
+    run(command)
     return {"nvcc": release[1] if release else "unknown", "architectures": targets}
 
 
@@ -134,24 +132,19 @@ def prepare() -> tuple[list[Extension], type[build_ext], str, str]:
     """The extensions to build, the command that builds them, and why there is no CPU and no CUDA library."""
     if MODE == "none":
         return [], build_ext, "MEMKERN_BUILD=none", "MEMKERN_BUILD=none"
+    extensions, command = [], build_ext
     try:
         cpp, command = cpp_library()
+        extensions.append(cpp)
+        if MODE == "cpp":
+            return extensions, command, "", "MEMKERN_BUILD=cpp"
+        architectures(find_nvcc())
     except Unavailable as reason:
         if MODE != "auto":
             raise SystemExit(f"MEMKERN_BUILD={MODE}: {reason}") from reason
-        return [], build_ext, str(reason), str(reason)
-    try:
-        if MODE == "cpp":
-            raise Unavailable("MEMKERN_BUILD=cpp")
-        find_nvcc()
-    except Unavailable as reason:
-        if MODE == "cuda":
-            raise SystemExit(f"MEMKERN_BUILD=cuda: {reason}") from reason
-        return [cpp], command, "", str(reason)
-    # The .cu file is not a source to setuptools: torch's build command would look for a CUDA build of torch.
-    sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.cpp"))
-    cuda = CudaLibrary("memkern._cuda", sources, depends=["csrc/cuda/launch.cu"], py_limited_api=True)
-    return [cpp, cuda], command, "", ""
+        return extensions, command, "" if extensions else str(reason), str(reason)
+    # Without sources: torch's build command would look for a CUDA build of torch. `build_cuda` finds them itself.
+    return [*extensions, Extension("memkern._cuda", [], py_limited_api=True)], command, "", ""
 
 
 EXTENSIONS, BASE_COMMAND, CPP_REASON, CUDA_REASON = prepare()
@@ -179,9 +172,8 @@ class Build(BASE_COMMAND):  # type: ignore[misc, valid-type]
     def build_extension(self, extension: Extension) -> None:
         """Build one library."""
         try:
-            if isinstance(extension, CudaLibrary):
-                output = Path(self.get_ext_fullpath(extension.name))
-                self.cuda = build_cuda(extension, output, Path(self.build_temp) / "cuda")
+            if extension.name == "memkern._cuda":
+                self.cuda = build_cuda(Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp) / "cuda")
             else:
                 super().build_extension(extension)
         except Exception as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -74,13 +77,15 @@ def test_the_compiled_part_is_here_wherever_it_can_be():
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what is needed to build the package."""
+    """A copy of what is needed to build the package; of the CPU library only its module, which compiles quickly."""
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for name in ("csrc", "memkern"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "build.json", "__pycache__"))
+    for path in (source / "csrc/cpu").glob("*.cpp"):
+        path.unlink()
     return source
 
 
@@ -88,7 +93,8 @@ def install(tree, mode, path=None):
     """pip-install the copy into a folder of its own; the process, and that folder."""
     target = tree.parent / "installed"
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-v"]
-    environment = os.environ | {"MEMKERN_BUILD": mode} | ({"PATH": path} if path else {})
+    environment = {"TORCH_CUDA_ARCH_LIST": "8.0"} | os.environ | {"MEMKERN_BUILD": mode}
+    environment |= {"PATH": path} if path else {}
     environment.pop("CXX", None)
     done = subprocess.run(
         [*command, "--target", str(target), str(tree)], capture_output=True, text=True, env=environment, check=False
@@ -113,9 +119,9 @@ def test_pure_python_builds(tree, tmp_path, mode, reason):
     assert (package / "py.typed").exists()
 
 
-def test_auto_survives_a_failing_build(tree):
+def test_auto_survives_a_failing_build(tree, no_nvcc):
     (tree / "csrc/module.cpp").write_text("#error injected\n")
-    done, package = install(tree, "auto")
+    done, package = install(tree, "auto", path=no_nvcc)
     assert done.returncode == 0, done.stdout
     built = json.loads((package / "build.json").read_text())
     assert not built["cpp"]
@@ -207,12 +213,48 @@ def test_a_bad_list_of_architectures_is_named(tree, fake_nvcc, monkeypatch):
     )
 
 
+@pytest.mark.skipif(not HAS_COMPILER or shutil.which("nvcc") is None, reason="no C++ compiler or no nvcc")
+def test_cuda_installs_both_libraries_whatever_the_python(tree, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0+PTX")
+    done, package = install(tree, "cuda")
+    assert done.returncode == 0, done.stdout
+    built = json.loads((package / "build.json").read_text())
+    assert built["cpp"]
+    assert built["cuda"]["architectures"] == ["sm_80", "compute_80"]
+    assert {path.name for path in package.glob("*.so")} == {"_C.abi3.so", "_cuda.abi3.so"}
+    (wheel,) = package.parent.glob("memkern-*.dist-info/WHEEL")
+    assert "Tag: cp310-abi3-" in wheel.read_text()
+    assert "Root-Is-Purelib: false" in wheel.read_text()
+
+
+def test_the_source_distribution_has_all_sources_wherever_it_is_made(tree):
+    """It is made once, and built on machines that have what this one has not."""
+    environment = os.environ | {"MEMKERN_BUILD": "none"}
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(command, cwd=tree, env=environment, capture_output=True, check=True)
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*.*")} <= names
+
+
 def cuda_library():
     """The CUDA library of this installation; skips where none was built."""
     built = json.loads((Path(memkern.__file__).parent / "build.json").read_text())
     if built["cuda"] is None:
         pytest.skip(f"no CUDA library: {built['cuda_reason']}")
     return Path(memkern.__file__).parent / "_cuda.abi3.so", built["cuda"]["architectures"]
+
+
+def cuobjdump(library, option):
+    """What CUDA's own reader of libraries prints; skips where it is not."""
+    places = [Path(shutil.which("nvcc") or "nvcc").resolve().parent]
+    if triton := importlib.util.find_spec("triton"):
+        places.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    tool = shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *map(str, places)]))
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    return subprocess.run([tool, option, library], capture_output=True, text=True, check=True).stdout
 
 
 def test_the_cuda_library_is_here_wherever_it_can_be():
@@ -226,14 +268,18 @@ def test_the_cuda_library_is_here_wherever_it_can_be():
 def test_the_cuda_library_has_code_for_every_architecture():
     """Read from the fat binary's headers: machine code for each, PTX for the newest."""
     library, architectures = cuda_library()
-    tool = shutil.which("cuobjdump") or pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin/cuobjdump"
-    listing = {
-        kind: subprocess.run([tool, f"--list-{kind}", library], capture_output=True, text=True, check=True).stdout
-        for kind in ("elf", "ptx")
-    }
+    listing = {kind: cuobjdump(library, f"--list-{kind}") for kind in ("elf", "ptx")}
     for name in architectures:
         kind, number = name.split("_")
         assert f"sm_{number}" in listing["elf" if kind == "sm" else "ptx"]
+
+
+def test_the_cuda_kernels_keep_nothing_in_local_memory():
+    """It would be written and read for every row; an argument taken by reference is enough to bring it about."""
+    library, _ = cuda_library()
+    usage = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump(library, "-res-usage"))
+    assert len(usage) >= 16, "two kernels, of four dtypes, in vectors and not"
+    assert set(usage) == {("0", "0")}
 
 
 def test_the_cuda_library_names_the_libraries_it_needs():
