@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 
@@ -23,7 +25,21 @@ def table(run: dict) -> str:
             f"| {bench['name'].removeprefix('test_')} | {info['ours_ms']:.2f} | {info['alternative']} "
             f"| {info['alternative_ms']:.2f} | {info['ratio']:.3f} ({low:.3f}–{high:.3f}) |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + speedups(run)) + "\n"
+
+
+def speedups(run: dict) -> list[str]:
+    """Geometric mean and worst of how many times as fast memkern is, over the layers of each group."""
+    groups = defaultdict(list)
+    for bench in run["benchmarks"]:
+        if bench["group"] is not None:
+            groups[bench["group"]].append(1 / bench["extra_info"]["ratio"])
+    if not groups:
+        return []
+    lines = ["", "| cross-attention layers | speed-up, geometric mean | worst layer |", "| --- | ---: | ---: |"]
+    return lines + [
+        f"| {group} | {statistics.geometric_mean(found):.2f}× | {min(found):.2f}× |" for group, found in groups.items()
+    ]
 
 
 if __name__ == "__main__":

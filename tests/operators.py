@@ -70,7 +70,7 @@ def poisoning(found: list[Any]) -> list[Any]:
 ROWS = targets("cpp", "cuda", "triton", "torch")
 """Targets of the operators on rows."""
 
-PRODUCTS = targets("triton", "torch")
+PRODUCTS = targets("cpp", "triton", "torch")
 """Targets of the attention operators."""
 
 

@@ -76,8 +76,26 @@ MEMKERN_TARGET_F16C int64_t add8(const Half* a, const Half* b, Half* out, int64_
   }
   return i;
 }
+
+MEMKERN_TARGET_F16C int64_t to_float8(const Half* in, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(out + i, load8(in + i));
+  }
+  return i;
+}
+
+MEMKERN_TARGET_F16C int64_t from_float8(const float* in, Half* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    store8(_mm256_loadu_ps(in + i), out + i);
+  }
+  return i;
+}
 #else
 constexpr bool has_f16c = false;
+inline int64_t to_float8(const Half*, float*, int64_t) { return 0; }
+inline int64_t from_float8(const float*, Half*, int64_t) { return 0; }
 inline int64_t multiply8(const Half*, float, Half*, int64_t) { return 0; }
 inline int64_t add8(const Half*, const Half*, Half*, int64_t) { return 0; }
 #endif
@@ -96,6 +114,30 @@ MEMKERN_COPY_LOOP void zero(void* out, int64_t bytes) {
   auto* to = static_cast<unsigned char*>(out);
   for (int64_t i = 0; i < bytes; ++i) {
     to[i] = 0;
+  }
+}
+
+MEMKERN_CLONES void to_float(const BFloat16* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = widen(in[i]);
+  }
+}
+
+MEMKERN_CLONES void from_float(const float* in, BFloat16* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    narrow(in[i], out + i);
+  }
+}
+
+void to_float(const Half* in, float* out, int64_t n) {
+  for (int64_t i = has_f16c ? to_float8(in, out, n) : 0; i < n; ++i) {
+    out[i] = widen(in[i]);
+  }
+}
+
+void from_float(const float* in, Half* out, int64_t n) {
+  for (int64_t i = has_f16c ? from_float8(in, out, n) : 0; i < n; ++i) {
+    narrow(in[i], out + i);
   }
 }
 

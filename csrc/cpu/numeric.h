@@ -18,6 +18,13 @@
 #define MEMKERN_COPY_LOOP
 #endif
 
+// What a clone calls must become part of it: on its own it would be compiled for the oldest machine.
+#if defined(__GNUC__)
+#define MEMKERN_INLINE inline __attribute__((always_inline))
+#else
+#define MEMKERN_INLINE inline
+#endif
+
 namespace memkern {
 
 using Half = torch::headeronly::Half;
@@ -27,6 +34,12 @@ using BFloat16 = torch::headeronly::BFloat16;
 // cost more under the C library's 512-bit stores: long copies by these loops take a sixth less time.
 void copy(const void* in, void* out, int64_t bytes);
 void zero(void* out, int64_t bytes);
+
+// Rows as float and back, rounded to nearest even.
+void to_float(const Half* in, float* out, int64_t n);
+void to_float(const BFloat16* in, float* out, int64_t n);
+void from_float(const float* in, Half* out, int64_t n);
+void from_float(const float* in, BFloat16* out, int64_t n);
 
 void multiply(const float* in, float factor, float* out, int64_t n);
 void multiply(const double* in, float factor, double* out, int64_t n);

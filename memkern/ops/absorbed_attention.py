@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, cpu
 from .attention import bias_grad, check_bias, logits_grad, probabilities, wide, without_excluded
 from .checks import FLOATING, check_tensor
 from .library import register
@@ -111,11 +111,24 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+def _on_cpu(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    bias: torch.Tensor,
+    vo: torch.Tensor,
+    out_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    served = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return (cpu.absorbed_attention if served else _reference)(x, a, bias, vo, out_bias, residual)
+
+
 _operator = register(
     "absorbed_attention(Tensor x, Tensor a, Tensor bias, Tensor vo, Tensor? out_bias, Tensor? residual) -> Tensor",
     reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels=("triton",),
+    kernels=("cpp", "triton"),
+    cpu=_on_cpu,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, cpu
 from .attention import bias_grad, check_bias, logits_grad, probabilities, wide, without_excluded
 from .checks import FLOATING, check_tensor
 from .library import register
@@ -81,11 +81,17 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), bias_grad(d_logits, bias), None
 
 
+def _on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+    served = q.dtype in (torch.float32,)
+    return (cpu.biased_attention if served else _reference)(q, k, v, bias, scale)
+
+
 _operator = register(
     "biased_attention(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor",
     reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels=("triton",),
+    kernels=("cpp", "triton"),
+    cpu=_on_cpu,
 )

@@ -38,8 +38,12 @@ def register(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     kernels: Sequence[str],
+    cpu: Callable[..., Any] | None = None,
 ) -> Operator:
-    """Define `memkern::<name>` from its schema, and the same for each of the named GPU backends in `kernels`."""
+    """Define `memkern::<name>` from its schema, and the same for each of the named GPU backends in `kernels`.
+
+    `cpu` is the CPU library's part of an operator that is composed of others in Python.
+    """
     name = schema.partition("(")[0]
     backends.serve(name, ("torch", *kernels))
 
@@ -53,6 +57,8 @@ def register(
     overloads = {"auto": define(_MAIN, "memkern"), "torch": reference}
     overloads["cpp"] = overloads["auto"]
     _MAIN.impl(name, reference, "CompositeExplicitAutograd")
+    if cpu is not None and not backends.installed("cpp"):
+        _MAIN.impl(name, cpu, "CPU")
     overloads |= {backend: define(_NAMED[backend], f"memkern_{backend}") for backend in kernels if backend in _NAMED}
     if "triton" in kernels:
         for key in ("CUDA", "CPU") if backends.INTERPRETING else ("CUDA",):

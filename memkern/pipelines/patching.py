@@ -1,9 +1,10 @@
-"""Patching a pipeline: two sites, each put in place of the pipeline's own and taken out again.
+"""Patching a pipeline: three sites, each put in place of the pipeline's own and taken out again.
 
 - the text encoder's embedding layer gets a hook that swaps the pads (`text_encoder.py`);
-- the pipeline gets an `encode_prompt` of its own that edits what the class's returns.
+- the pipeline gets an `encode_prompt` of its own that edits what the class's returns;
+- the UNet's cross-attention layers get a processor that is faster and computes the same (`cross_attention.py`).
 
-Nothing is global, no class changes, and no parameter, buffer or submodule is added. The UNet is not touched.
+Nothing is global, no class changes, and no parameter, buffer or submodule is added.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from ..ledger import recall_edited, remember_edited
 from ..ops import backends
 from ..policy import BRANCHES, Branch, Policy
 from . import encoding, support
+from .acceleration import Acceleration
+from .cross_attention import Sites
 from .encoding import Encoded, Encoding, ObservedTokenizer
 from .status import Status
 from .text_encoder import PadSwapHook, clip_embeddings
@@ -41,6 +44,7 @@ class EncodePrompt:
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         call = inspect.signature(self.original).bind(*args, **kwargs)
         call.apply_defaults()
+        self.patch.acceleration.clear()
         with self.patch.observing() as seen:
             outputs = self.original(*args, **kwargs)
         return self.patch.edit(call.arguments, seen.calls, outputs)
@@ -54,23 +58,29 @@ class Patch:
         policy: the `Policy` in force.
         backend: the operators' backend, as asked for.
         on_unknown: what happens when a prompt cannot be classified: "raise", "warn" or "pass".
+        accelerate: whether the UNet's cross-attention layers are computed by memkern where that is faster.
+        acceleration: what is kept of contexts.
         prompts: what was encoded last under what is in force now, by branch.
     """
 
-    def __init__(self, pipe: Any, policy: Policy, backend: str, on_unknown: OnUnknown) -> None:
+    def __init__(self, pipe: Any, policy: Policy, backend: str, on_unknown: OnUnknown, accelerate: bool) -> None:
         self.pipe = pipe
-        self._set(policy, backend, on_unknown)
+        self.acceleration = Acceleration(backend)
+        self.sites: Sites | None = None
+        self._set(policy, backend, on_unknown, accelerate)
         self._own_encode_prompt = vars(pipe).get("encode_prompt")
         self._encode_prompt = EncodePrompt(self, pipe.encode_prompt)
         self._hooked: Any = None
         self._handle: Any = None
 
     def install(self) -> None:
-        """Put both sites in place; if either fails, neither stays."""
+        """Put all sites in place; if one fails, none stays."""
         self._hook()
         try:
             self.pipe.encode_prompt = self._encode_prompt
+            self._accelerate()
         except BaseException:
+            vars(self.pipe).pop("encode_prompt", None)
             self._handle.remove()
             raise
 
@@ -82,6 +92,16 @@ class Patch:
             if self._handle is not None:
                 self._handle.remove()
             self._hooked, self._handle = embeddings, handle
+
+    def _accelerate(self) -> None:
+        """Put the processors into the UNet that the pipeline has now, or take them out."""
+        unet = getattr(self.pipe, "unet", None)
+        self.acceleration.clear()
+        if self.sites is not None and not (self.accelerate and self.sites.unet is unet and self.sites.complete):
+            self.sites.remove()
+            self.sites = None
+        if self.accelerate and self.sites is None:
+            self.sites = Sites(unet, self.acceleration)
 
     @property
     def installed(self) -> bool:
@@ -111,6 +131,9 @@ class Patch:
         else:
             self.pipe.encode_prompt = self._own_encode_prompt
         self._handle.remove()
+        self.acceleration.clear()
+        if self.sites is not None:
+            self.sites.remove()
 
     def update(
         self,
@@ -118,10 +141,11 @@ class Patch:
         *,
         backend: str | None = None,
         on_unknown: OnUnknown | None = None,
+        accelerate: bool | None = None,
     ) -> None:
         """Change what is in force, live; what is not named stays. Checked as in `patch` before it takes effect.
 
-        A text encoder that was exchanged since is hooked in place of the former one.
+        A text encoder or UNet that was exchanged since is taken in place of the former one.
 
         Raises:
             RuntimeError: this patch was removed.
@@ -132,16 +156,19 @@ class Patch:
             self.policy if policy is None else Policy.of(policy),
             self.backend if backend is None else backend,
             self.on_unknown if on_unknown is None else on_unknown,
+            self.accelerate if accelerate is None else accelerate,
         )
         self._hook()
+        self._accelerate()
 
-    def _set(self, policy: Policy, backend: str, on_unknown: OnUnknown) -> None:
+    def _set(self, policy: Policy, backend: str, on_unknown: OnUnknown, accelerate: bool) -> None:
         policy.require_embeds_stage()
         if on_unknown not in ("raise", "warn", "pass"):
             raise ValueError(f"on_unknown: expected 'raise', 'warn' or 'pass', got {on_unknown!r}")
         backends.require_installed(backend)
         support.reembed_id(self.pipe, policy)
-        self.policy, self.backend, self.on_unknown = policy, backend, on_unknown
+        self.policy, self.backend, self.on_unknown, self.accelerate = policy, backend, on_unknown, accelerate
+        self.acceleration.backend = backend
         self.prompts: dict[Branch, Encoded] = {}
 
     def status(self) -> Status:
@@ -273,11 +300,11 @@ def patch(
         pipe: a Stable Diffusion pipeline with one CLIP text encoder. Patching it again replaces what is in
             force and returns the same `Patch`.
         policy: a `Policy` or a preset's name; the default is method 1 of Kim & No (arXiv 2605.02908).
-        backend: of the operators: "auto", "cpp" or "torch".
+        backend: of the operators, one of `memkern.ops.BACKENDS`.
         on_unknown: what happens when a prompt cannot be classified, such as raw `prompt_embeds`: "raise"
             an `UnmitigatedError`, "warn" with an `UnmitigatedWarning`, or "pass".
-        accelerate: whether the UNet's cross-attention may be replaced by a faster one. This version has
-            none: the UNet stays as it is either way.
+        accelerate: whether the UNet's cross-attention layers are computed by memkern where that is faster;
+            False leaves the UNet as it is.
 
     Returns:
         The `Patch`.
@@ -291,9 +318,9 @@ def patch(
     policy = Policy.of(policy)
     existing = find(pipe)
     if existing is not None:
-        existing.update(policy, backend=backend, on_unknown=on_unknown)
+        existing.update(policy, backend=backend, on_unknown=on_unknown, accelerate=accelerate)
         return existing
-    made = Patch(pipe, policy, backend, on_unknown)
+    made = Patch(pipe, policy, backend, on_unknown, accelerate)
     made.install()
     return made
 
@@ -322,7 +349,7 @@ def patched(
 ) -> Iterator[Patch]:
     """`patch` for the length of a `with` block; what was in force before is restored in any case."""
     before = find(pipe)
-    former = None if before is None else (before.policy, before.backend, before.on_unknown)
+    former = None if before is None else (before.policy, before.backend, before.on_unknown, before.accelerate)
     made = patch(pipe, policy, backend=backend, on_unknown=on_unknown, accelerate=accelerate)
     try:
         yield made
@@ -330,4 +357,4 @@ def patched(
         if former is None:
             made.remove()
         else:
-            made.update(former[0], backend=former[1], on_unknown=former[2])
+            made.update(former[0], backend=former[1], on_unknown=former[2], accelerate=former[3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +51,7 @@ class Status:
         sites: what was replaced.
         backend: the backend asked for, the one in use for CPU tensors, and why not another.
         on_unknown: what happens to a prompt that cannot be classified.
+        layers: cross-attention layer → what it did with the last context, and the estimates behind that.
         notes: what else a user should know.
         prompts: the rows of the last `encode_prompt`.
     """
@@ -60,6 +61,7 @@ class Status:
     sites: tuple[str, ...] = ()
     backend: str = ""
     on_unknown: str = ""
+    layers: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     prompts: tuple[PromptStatus, ...] = ()
 
@@ -75,9 +77,11 @@ class Status:
             sites=(
                 f"{type(pipe.text_encoder).__name__} embeddings: pad swap",
                 f"{type(pipe).__name__}.encode_prompt: edits of embeddings",
+                *_unet_site(patch),
             ),
             backend=_describe_backend(patch.backend),
             on_unknown=patch.on_unknown,
+            layers={name: str(choice) for name, choice in patch.acceleration.choices.items()},
             notes=_notes(patch),
             prompts=tuple(
                 row
@@ -94,6 +98,7 @@ class Status:
             *(f"site        {site}" for site in self.sites),
             f"backend     {self.backend}",
             f"on_unknown  {self.on_unknown}",
+            *(f"layer       {name}: {choice}" for name, choice in self.layers.items()),
             *(f"note        {note}" for note in self.notes),
             *(f"prompt      {prompt}" for prompt in self.prompts),
         ]
@@ -120,6 +125,13 @@ def _describe_backend(asked: str) -> str:
     return f"auto: {runs['cpu']} on CPU, {runs['cuda']} on CUDA{because}"
 
 
+def _unet_site(patch: Patch) -> list[str]:
+    sites = patch.sites
+    if sites is None or not sites.count:
+        return []
+    return [f"{type(sites.unet).__name__}: {sites.count} cross-attention layers, computed by memkern where faster"]
+
+
 def _notes(patch: Patch) -> tuple[str, ...]:
     notes = []
     if patch.replaced_by is not None:
@@ -127,4 +139,10 @@ def _notes(patch: Patch) -> tuple[str, ...]:
     reembed_id = support.reembed_id(patch.pipe, patch.policy)
     if reembed_id is not None and reembed_id == support.vocabulary(patch.pipe).pad_token_id:
         notes.append(f"the tokenizer pads with {patch.policy.reembed_pads!r} already: no pad is re-embedded")
+    sites = patch.sites
+    if sites is not None and not sites.complete:
+        notes.append("processors of the UNet were replaced since: patch again to have them accelerated")
+    if sites is not None and sites.left:
+        kinds = ", ".join(sorted(set(sites.left.values())))
+        notes.append(f"{len(sites.left)} cross-attention layers keep their own processors: {kinds}")
     return tuple(notes)

@@ -111,8 +111,11 @@ def test_images_are_those_of_the_edit_by_hand(pipe, policy):
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     uncond, cond = context(pipe, prompts, policy).chunk(2)
     expected = pipe(prompt_embeds=cond, negative_prompt_embeds=uncond, latents=latents, **options).images
-    with memkern.patched(pipe, policy):
+    with memkern.patched(pipe, policy, accelerate=False):
         actual = pipe(prompts, latents=latents, **options).images
+    with memkern.patched(pipe, policy):
+        faster = pipe(prompts, latents=latents, **options).images
+    np.testing.assert_allclose(faster, actual, atol=1e-4)
     if policy == "prompt-eot-from-pad":  # a mean: float32's rounding
         np.testing.assert_allclose(actual, expected, atol=1e-4)
     else:

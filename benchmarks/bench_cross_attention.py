@@ -1,0 +1,49 @@
+"""Cross-attention layers of Stable Diffusion on the CPU: a patched layer against what there is otherwise."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from cross_attention import CrossAttention
+from diffusers.models.attention_processor import AttnProcessor
+from pairs import compare
+
+from memkern.ops.triton.layers import CONTEXT_WIDTHS, Layer
+from memkern.pipelines.acceleration import Acceleration
+from memkern.pipelines.cross_attention import CrossAttentionProcessor
+
+SD15 = [Layer("SD 1.5", *size, 8) for size in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))]
+SDXL = [Layer("SDXL", 4096, 640, 10), Layer("SDXL", 1024, 1280, 20)]
+CASES = [(layer, keys) for keys in ((77, 77), (77, 33), (33, 33)) for layer in SD15]
+CASES += [(layer, (33, 33)) for layer in SDXL]
+DTYPES = [torch.bfloat16, torch.float32]
+AGAINST = ["diffusers", "diffusers, masked", "eager", "reference, absorbed", "diffusers, compiled"]
+
+
+@functools.lru_cache(maxsize=1)
+def made(layer, keys, dtype):
+    """The layer in every way there is; "patched" as a pipeline has it, its context seen before."""
+    attention = CrossAttention(layer.queries, layer.width, layer.heads, CONTEXT_WIDTHS[layer.model], keys, dtype, "cpu")
+    calls = attention.implementations()
+    eager, patched = copy.deepcopy(attention.layer), copy.deepcopy(attention.layer)
+    eager.set_processor(AttnProcessor())
+    patched.set_processor(CrossAttentionProcessor(None, Acceleration("auto")))
+    calls["eager"] = lambda: eager(attention.x, encoder_hidden_states=attention.context)
+    calls["patched"] = lambda: patched(attention.x, encoder_hidden_states=attention.context)
+    calls["patched"](), calls["patched"]()
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("layer", "keys"), CASES, ids=lambda value: getattr(value, "queries", value))
+@pytest.mark.parametrize("against", AGAINST)
+def test_cross_attention(benchmark, layer, keys, dtype, against):
+    if against != "diffusers" and (keys != (77, 33) or layer.model != "SD 1.5"):
+        pytest.skip("measured for one case")
+    calls = made(layer, keys, dtype)
+    benchmark.group = f"{layer.model}, keys {keys[0]}/{keys[1]}, {str(dtype).removeprefix('torch.')}, against {against}"
+    compare(benchmark, calls["patched"], calls[against], named=against, rounds=15)

@@ -1,0 +1,294 @@
+"""A patched UNet is the same function: on the second sight of a context, and whatever changes after it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+
+import memkern
+from memkern.ops import backends
+from memkern.pipelines.acceleration import Acceleration
+from memkern.pipelines.cross_attention import CrossAttentionProcessor, Sites, cross_attention_layers
+from memkern.testing import tiny_pipeline
+
+pytestmark = pytest.mark.skipif(bool(backends.installed("cpp")), reason="needs the compiled CPU library")
+
+
+@pytest.fixture
+def unet(tokenizers):
+    """A UNet whose layers are small enough that every path is open, with biases everywhere."""
+    torch.manual_seed(0)
+    unet = tiny_pipeline(tokenizers["sd1"]).unet
+    for _, attn in cross_attention_layers(unet):
+        attn.to_q.bias = torch.nn.Parameter(torch.randn(attn.to_q.out_features) / 4)
+        attn.to_v.bias = torch.nn.Parameter(torch.randn(attn.to_v.out_features) / 4)
+    return unet.requires_grad_(False)
+
+
+@pytest.fixture
+def context():
+    """Contexts of a prompt whose pads are zero, and of a negative one."""
+    torch.manual_seed(1)
+    context = torch.randn(2, 77, 32)
+    context[1, 20:] = 0
+    return context
+
+
+class Run:
+    """A UNet with and without the processors, on the same inputs."""
+
+    def __init__(self, unet):
+        self.unet, self.acceleration = unet, Acceleration("auto")
+        self.plain = copy.deepcopy(unet)
+        self.sites = Sites(unet, self.acceleration)
+        torch.manual_seed(2)
+        self.sample = torch.randn(2, 4, 16, 16)
+
+    def __call__(self, context, **options):
+        return self.unet(self.sample, 7, context, **options).sample
+
+    def expected(self, context, **options):
+        """The same by the layers' own processors, with the weights there are now."""
+        self.plain.load_state_dict(self.unet.state_dict())
+        return self.plain(self.sample, 7, context, **options).sample
+
+    @property
+    def paths(self):
+        return {choice.path for choice in self.acceleration.choices.values()}
+
+
+@pytest.fixture
+def run(unet):
+    return Run(unet)
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def force(monkeypatch, path):
+    """Make one path the cheapest."""
+    monkeypatch.setattr("memkern.pipelines.acceleration.seconds", lambda name, *_: 0.0 if name == path else 1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["absorbed", "projected", "former"])
+def test_every_path_is_the_same_function(run, context, monkeypatch, path):
+    force(monkeypatch, path)
+    expected = run.expected(context)
+    assert torch.equal(run(context), expected), "the first sight is the layer's own processor, bit for bit"
+    assert not run.acceleration.choices
+    same(run(context), expected)
+    assert run.paths == {path}
+    assert torch.equal(run(context), run(context))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(run, context, dtype, monkeypatch):
+    force(monkeypatch, "absorbed")
+    exact = run.expected(context)
+    run.unet.to(dtype)
+    plain, half, run.sample = copy.deepcopy(run.unet), context.to(dtype), run.sample.to(dtype)
+    theirs = (plain(run.sample, 7, half).sample.float() - exact).abs().max()
+    run(half)
+    ours = (run(half).float() - exact).abs().max()
+    assert run.paths == {"absorbed"}
+    assert ours <= 1.5 * theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["absorbed", "projected"])
+@pytest.mark.parametrize("change", ["mul_", "data.mul_", "exchanged", "dtype and back", "loaded"])
+@pytest.mark.parametrize("weight", ["to_q", "to_k", "to_v", "to_out.0"])
+def test_changed_weights_are_noticed(run, context, monkeypatch, path, change, weight):
+    force(monkeypatch, path)
+    run(context), run(context)
+    module = next(iter(cross_attention_layers(run.unet)))[1].get_submodule(weight)
+    if change == "mul_":
+        module.weight.mul_(3)
+    elif change == "data.mul_":
+        module.weight.data.mul_(3)
+    elif change == "exchanged":
+        module.weight = torch.nn.Parameter(module.weight * 3, requires_grad=False)
+    elif change == "loaded":
+        module.load_state_dict({name: value * 3 for name, value in module.state_dict().items()})
+    else:
+        run.unet.to(torch.float64).to(torch.float32)
+    before = run.plain(run.sample, 7, context).sample
+    after = run.expected(context)
+    assert change == "dtype and back" or not torch.allclose(before, after, atol=1e-4)
+    same(run(context), after)
+
+
+@torch.no_grad()
+def test_a_context_written_to_or_replaced_is_another_context(run, context):
+    run(context), run(context)
+    context.mul_(0.5)
+    assert torch.equal(run(context), run.expected(context))
+    same(run(context), run.expected(context))
+    other = torch.randn_like(context)
+    assert torch.equal(run(other), run.expected(other))
+    same(run(other), run.expected(other))
+    same(run(context), run.expected(context))
+    assert run.acceleration.size == 2
+
+
+@torch.no_grad()
+def test_memory_is_given_back_with_the_context(run, context, monkeypatch):
+    force(monkeypatch, "absorbed")
+    context = context.clone()
+    run(context), run(context)
+    kept = next(iter(run.acceleration._contexts.values()))
+    parts = [weakref.ref(prepared.attend) for prepared in kept.prepared.values()]
+    assert run.acceleration.size == 1
+    assert all(part() is not None for part in parts)
+    del kept, context
+    gc.collect()
+    assert run.acceleration.size == 0
+    assert all(part() is None for part in parts)
+
+
+def test_with_gradients_the_layers_own_processors_run(run, context):
+    context.requires_grad_()
+    for _ in range(3):
+        out = run(context)
+    (ours,) = torch.autograd.grad(out.square().sum(), context)
+    (theirs,) = torch.autograd.grad(run.expected(context).square().sum(), context)
+    assert torch.equal(ours, theirs)
+    assert not run.acceleration.choices
+
+
+def test_inference_mode(run, context):
+    """A context of inference mode counts no changes: it is not kept. One made outside is."""
+    with torch.inference_mode():
+        inside = context.clone()
+        for _ in range(3):
+            assert torch.equal(run(inside), run.expected(inside))
+        assert not run.acceleration.choices
+        for _ in range(3):
+            out = run(context)
+        assert run.acceleration.choices
+    with torch.no_grad():
+        same(out, run.expected(context))
+
+
+@torch.no_grad()
+def test_a_mask_or_other_layers_hooks_leave_the_layer_alone(run, context):
+    mask = torch.ones(2, 77)
+    mask[1, 30:] = 0
+    for _ in range(3):
+        out = run(context, encoder_attention_mask=mask)
+    assert torch.equal(out, run.expected(context, encoder_attention_mask=mask))
+    _, attn = next(iter(cross_attention_layers(run.unet)))
+    handle = attn.to_k.register_forward_hook(lambda module, args, output: output * 2)
+    run(context), run(context)
+    changed = run(context)
+    handle.remove()
+    assert not torch.allclose(changed, run.expected(context), atol=1e-4)
+    same(run(context), run.expected(context))
+
+
+@torch.no_grad()
+def test_lora_between_calls_and_during_one(run, context):
+    peft = pytest.importorskip("peft")
+    run(context), run(context)
+    config = peft.LoraConfig(r=2, target_modules=["attn2.to_q", "attn2.to_k"], init_lora_weights=False)
+    run.unet.add_adapter(config)
+    with_lora = copy.deepcopy(run.unet)
+    Sites(with_lora, Acceleration("torch")).remove()
+    same(run(context), with_lora(run.sample, 7, context).sample)
+    run.unet.fuse_lora()
+    same(run(context), with_lora(run.sample, 7, context).sample)
+    run.unet.unfuse_lora()
+    run.unet.unload_lora()
+    same(run(context), run.expected(context))
+
+
+@torch.no_grad()
+def test_processors_are_put_back_and_copies_are_plain(unet):
+    formers = {name: attn.processor for name, attn in cross_attention_layers(unet)}
+    sites = Sites(unet, Acceleration("auto"))
+    assert sites.count == len(formers) > 0
+    assert all(isinstance(attn.processor, CrossAttentionProcessor) for _, attn in cross_attention_layers(unet))
+    for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert {type(attn.processor).__name__ for _, attn in cross_attention_layers(copied)} == {"AttnProcessor2_0"}
+    sites.remove()
+    assert {name: attn.processor for name, attn in cross_attention_layers(unet)} == formers
+    type(CrossAttentionProcessor())()
+
+
+@pytest.mark.parametrize("policy", ["swap-pad-zero-eot", "zero-pad:0.7", "pad-from-eot", "none"])
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_the_picture_is_that_of_the_unaccelerated_pipeline(tokenizers, policy, guidance):
+    pictures = []
+    for accelerate in (False, True, True):
+        pipe = tiny_pipeline(tokenizers["sd1"])
+        patch = memkern.patch(pipe, policy, accelerate=accelerate)
+        pictures.append(
+            pipe(
+                ["a cat", "a photograph of a red house"],
+                num_inference_steps=20,
+                guidance_scale=guidance,
+                output_type="np",
+                generator=torch.Generator().manual_seed(0),
+            ).images
+        )
+        assert bool(patch.acceleration.choices) == accelerate
+        assert patch.acceleration.size == 0
+    assert abs(pictures[1] - pictures[0]).max() <= 1e-3
+    assert (pictures[1] == pictures[2]).all()
+
+
+def test_one_step_never_pays(tokenizers):
+    pipe = tiny_pipeline(tokenizers["sd1"])
+    patch = memkern.patch(pipe)
+    pipe("a cat", num_inference_steps=1, output_type="latent")
+    assert not patch.acceleration.choices
+
+
+def test_status_shows_the_choice_and_its_inputs(sd1):
+    memkern.patch(sd1, "zero-pad:0.7")
+    sd1("a cat", num_inference_steps=3, output_type="latent")
+    shown = str(memkern.status(sd1))
+    count = len(cross_attention_layers(sd1.unet))
+    assert f"UNet2DConditionModel: {count} cross-attention layers, computed by memkern where faster" in shown
+    assert "attn2: " in shown
+    assert "keys 77/" in shown
+    assert "estimates in ms: former" in shown
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["model", "sequential", "group"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_offload_in_three_forms(unet, context, monkeypatch, form, before):
+    """Weights that a hook moves in and out are not read: their modules are called."""
+    from accelerate import cpu_offload, cpu_offload_with_hook
+    from diffusers.hooks import apply_group_offloading
+
+    force(monkeypatch, "absorbed")
+    cpu = torch.device("cpu")
+    offload = {
+        "model": lambda model: cpu_offload_with_hook(model, cpu),
+        "sequential": lambda model: cpu_offload(model, cpu),
+        "group": lambda model: apply_group_offloading(model, cpu, cpu, offload_type="leaf_level"),
+    }[form]
+    torch.manual_seed(2)
+    sample = torch.randn(2, 4, 16, 16)
+    expected = copy.deepcopy(unet)(sample, 7, context).sample
+    acceleration = Acceleration("auto")
+    if before:
+        offload(unet)
+    Sites(unet, acceleration)
+    if not before:
+        unet(sample, 7, context), unet(sample, 7, context)
+        offload(unet)
+    for _ in range(3):
+        same(unet(sample, 7, context).sample, expected)
+    reasons = {reason for choice in acceleration.choices.values() for reason in choice.reasons}
+    assert bool(reasons) == (form != "model")
