@@ -39,7 +39,7 @@ def made(layer, keys, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(("layer", "keys"), CASES, ids=lambda value: getattr(value, "queries", value))
+@pytest.mark.parametrize(("layer", "keys"), CASES, ids=lambda value: getattr(value, "queries", f"keys {value}"))
 @pytest.mark.parametrize("against", AGAINST)
 def test_cross_attention(benchmark, layer, keys, dtype, against):
     if against != "diffusers" and (keys != (77, 33) or layer.model != "SD 1.5"):

@@ -31,10 +31,13 @@ class Rates:
 # The CPU's were measured on two cores with AVX-512, the GPU's are published for an A100.
 RATES = {
     ("cpu", 4): Rates(1e11, 4e10, 3e9, 2e10),
-    ("cpu", 2): Rates(2e11, 4e10, 2e9, 2e10),
+    ("cpu", 2): Rates(1.55e11, 6e10, 2e9, 2e10),
     ("cuda", 4): Rates(9e12, 5e12, 1e12, 1.5e12),
     ("cuda", 2): Rates(1.2e14, 4e13, 1e12, 1.5e12),
 }
+
+MARGIN = 0.97
+"""What a path's estimate must be of the layer's own processor's, to be taken instead."""
 
 SAMPLES = 32
 """Values of a weight that are compared with what they were."""
