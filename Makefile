@@ -14,15 +14,16 @@ LAYERS = interpreter or aot or host_cuda or gpu
 demo: $(READY)
 	$(BIN)/memkern demo
 
-test: SPEED = not slow
-test test-slow: SPEED ?= slow or not slow
+SPEED = not slow
+test-slow: SPEED = slow or not slow
 test test-slow: test-plain test-layers
 
 test-plain: $(READY)
 	$(BIN)/ruff check .
 	$(PYTEST) -m "($(SPEED)) and not ($(LAYERS))"
 
-# Proof without a GPU, in three layers: kernels interpreted, compiled ahead of time, and run as C++ on the CPU.
+# Proof without a GPU: kernels interpreted, compiled ahead of time, and run as C++ on the CPU. What needs a card is
+# counted.
 test-layers: test-plain
 	@echo "layer: interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -m "($(SPEED)) and interpreter"
@@ -30,6 +31,8 @@ test-layers: test-plain
 	$(PYTEST) -m "($(SPEED)) and aot"
 	@echo "layer: host_cuda"
 	$(PYTEST) -m "($(SPEED)) and host_cuda"
+	@echo "layer: gpu, which make gpu runs where there is a card"
+	$(PYTEST) -m "($(SPEED)) and gpu"
 
 # On a machine with an NVIDIA GPU: tests, benchmarks and their table.
 gpu: $(READY)

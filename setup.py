@@ -167,6 +167,8 @@ class Build(BASE_COMMAND):  # type: ignore[misc, valid-type]
         self.reasons, self.cuda = {"memkern._C": CPP_REASON, "memkern._cuda": CUDA_REASON}, None
         super().run()
         folder = PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
+        if self.cuda is None:
+            (folder / "_cuda.abi3.so").unlink(missing_ok=True)  # of an earlier build
         record(folder, self.reasons["memkern._C"], self.reasons["memkern._cuda"], self.cuda)
 
     def build_extension(self, extension: Extension) -> None:
