@@ -95,8 +95,9 @@ class Acceleration:
         return Acceleration(self.backend)
 
     def clear(self) -> None:
-        """Forget every context."""
+        """Forget every context, and what was done with them."""
         self._contexts.clear()
+        self.choices.clear()
 
     @property
     def size(self) -> int:

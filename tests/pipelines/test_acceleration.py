@@ -292,3 +292,18 @@ def test_offload_in_three_forms(unet, context, monkeypatch, form, before):
         same(unet(sample, 7, context).sample, expected)
     reasons = {reason for choice in acceleration.choices.values() for reason in choice.reasons}
     assert bool(reasons) == (form != "model")
+
+
+def test_an_update_forgets_what_was_done_before(sd1):
+    patch = memkern.patch(sd1, "zero-pad:0.7")
+    sd1("a cat", num_inference_steps=3, output_type="latent")
+    assert memkern.status(sd1).layers
+    patch.update("swap-pad")
+    assert not memkern.status(sd1).layers
+    patch.update(accelerate=False)
+    sd1("a cat", num_inference_steps=3, output_type="latent")
+    assert not memkern.status(sd1).layers
+    assert not any(isinstance(attn.processor, CrossAttentionProcessor) for _, attn in cross_attention_layers(sd1.unet))
+    patch.update(accelerate=True)
+    sd1("a cat", num_inference_steps=3, output_type="latent")
+    assert memkern.status(sd1).layers
