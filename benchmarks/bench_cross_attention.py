@@ -17,10 +17,11 @@ from memkern.pipelines.cross_attention import CrossAttentionProcessor
 
 SD15 = [Layer("SD 1.5", *size, 8) for size in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))]
 SDXL = [Layer("SDXL", 4096, 640, 10), Layer("SDXL", 1024, 1280, 20)]
-CASES = [(layer, keys) for keys in ((77, 77), (77, 33), (33, 33)) for layer in SD15]
-CASES += [(layer, (33, 33)) for layer in SDXL]
+CASES = [("diffusers", layer, keys) for keys in ((77, 77), (77, 33), (33, 33)) for layer in SD15]
+CASES += [("diffusers", layer, (33, 33)) for layer in SDXL]
+OTHERS = ["diffusers, masked", "eager", "reference, absorbed", "diffusers, compiled"]
+CASES += [(against, layer, (77, 33)) for against in OTHERS for layer in SD15]
 DTYPES = [torch.bfloat16, torch.float32]
-AGAINST = ["diffusers", "diffusers, masked", "eager", "reference, absorbed", "diffusers, compiled"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -37,13 +38,17 @@ def made(layer, keys, dtype):
     return calls
 
 
+def named(value):
+    """A parameter in a test's name."""
+    if isinstance(value, Layer):
+        return f"{value.queries}x{value.width}"
+    return value if isinstance(value, str) else f"keys {value[0]}+{value[1]}"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(("layer", "keys"), CASES, ids=lambda value: getattr(value, "queries", f"keys {value}"))
-@pytest.mark.parametrize("against", AGAINST)
-def test_cross_attention(benchmark, layer, keys, dtype, against):
-    if against != "diffusers" and (keys != (77, 33) or layer.model != "SD 1.5"):
-        pytest.skip("measured for one case")
+@pytest.mark.parametrize(("against", "layer", "keys"), CASES, ids=named)
+def test_cross_attention(benchmark, against, layer, keys, dtype):
     calls = made(layer, keys, dtype)
     benchmark.group = f"{layer.model}, keys {keys[0]}/{keys[1]}, {str(dtype).removeprefix('torch.')}, against {against}"
     compare(benchmark, calls["patched"], calls[against], named=against, rounds=15)

@@ -67,6 +67,11 @@ def poisoning(found: list[Any]) -> list[Any]:
     return [target for target in found if target.values[0].backend in ("cuda", "triton")]
 
 
+def serving(found: list[Any], dtype: torch.dtype) -> list[Any]:
+    """Those that compute in `dtype`."""
+    return [target for target in found if target.values[0].serves(dtype)]
+
+
 ROWS = targets("cpp", "cuda", "triton", "torch")
 """Targets of the operators on rows."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, random_plan, with_dtypes
+from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, random_plan, serving, with_dtypes
 
 from memkern import ops
 
@@ -111,11 +111,9 @@ def test_opcheck(overload, device, bank_rows, wants_grad):
         torch.library.opcheck(overload, (leaf, bank, source, scale))
 
 
-@pytest.mark.parametrize("target", ROWS)
+@pytest.mark.parametrize("target", serving(ROWS, torch.float64))
 @pytest.mark.parametrize("bank_rows", [0, 2])
 def test_gradcheck(target, bank_rows):
-    if not target.serves(torch.float64):
-        pytest.skip("gradcheck needs float64; test_gradients compares this backend with the reference")
     embeds, bank, source, scale = sample((2, 5, 3), torch.float64, bank_rows)
     inputs = [tensor.requires_grad_() for tensor in (embeds, bank) if tensor is not None]
 

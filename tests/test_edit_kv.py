@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, random_plan, with_dtypes
+from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, random_plan, serving, with_dtypes
 from test_edit_embeds import by_hand
 
 from memkern import ops
@@ -112,11 +112,9 @@ def test_opcheck(overload, device, bank_rows, wants_grad):
         torch.library.opcheck(overload, (*leaves, *rest))
 
 
-@pytest.mark.parametrize("target", ROWS)
+@pytest.mark.parametrize("target", serving(ROWS, torch.float64))
 @pytest.mark.parametrize("bank_rows", [0, 2])
 def test_gradcheck(target, bank_rows):
-    if not target.serves(torch.float64):
-        pytest.skip("gradcheck needs float64; test_gradients compares this backend with the reference")
     k, v, k_bank, v_bank, *plan = sample(2, 4, 3, torch.float64, bank_rows)
     inputs = [tensor.requires_grad_() for tensor in (k, v, k_bank, v_bank) if tensor is not None]
 

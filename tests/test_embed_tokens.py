@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, with_dtypes
+from operators import LAYOUTS, ROWS, assert_accurate, overloads, poisoning, raising, serving, with_dtypes
 from transformers import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
@@ -75,10 +75,8 @@ def test_opcheck(overload, device, wants_grad):
     torch.library.opcheck(overload, (ids, roles, *weights, pad_id))
 
 
-@pytest.mark.parametrize("target", ROWS)
+@pytest.mark.parametrize("target", serving(ROWS, torch.float64))
 def test_gradcheck(target):
-    if not target.serves(torch.float64):
-        pytest.skip("gradcheck needs float64; test_gradients compares this backend with the reference")
     ids, roles, token_weight, position_weight, pad_id = sample(2, 6, 2, torch.float64)
     more_positions = torch.cat([position_weight, position_weight])
 

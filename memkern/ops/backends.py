@@ -84,6 +84,11 @@ def serve(operator: str, names: Sequence[str]) -> None:
     _serves[operator] = tuple(names)
 
 
+def serving(operator: str) -> tuple[str, ...]:
+    """The backends that have `operator`."""
+    return _serves[operator]
+
+
 def installed(backend: str) -> list[str]:
     """Why `backend` cannot run on any device with this installation; empty if it can."""
     if backend not in BACKENDS:

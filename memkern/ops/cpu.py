@@ -74,5 +74,8 @@ def biased_attention(
         added = per_head(bias).expand(batch, -1, queries, -1)
         kept_k, kept_v = without_excluded(k, bias), without_excluded(v, bias)
         attended = torch.nn.functional.scaled_dot_product_attention(q, kept_k, kept_v, attn_mask=added, scale=scale)
-        return out.copy_(attended.masked_fill(per_head(bias).amax(-1, keepdim=True) == -torch.inf, 0))
+        empty = (per_head(bias) == -torch.inf).all(-1, keepdim=True)
+        if empty.any():
+            attended = attended.masked_fill(empty, 0)
+        return attended if attended.stride() == out.stride() else out.copy_(attended)
     return out.zero_()
