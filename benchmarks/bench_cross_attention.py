@@ -11,6 +11,7 @@ from cross_attention import CrossAttention
 from diffusers.models.attention_processor import AttnProcessor
 from pairs import compare
 
+from memkern.ops.cpu import Product
 from memkern.ops.triton.layers import CONTEXT_WIDTHS, Layer
 from memkern.pipelines.acceleration import Acceleration
 from memkern.pipelines.cross_attention import CrossAttentionProcessor
@@ -52,3 +53,16 @@ def test_cross_attention(benchmark, against, layer, keys, dtype):
     calls = made(layer, keys, dtype)
     benchmark.group = f"{layer.model}, keys {keys[0]}/{keys[1]}, {str(dtype).removeprefix('torch.')}, against {against}"
     compare(benchmark, calls["patched"], calls[against], named=against, rounds=15)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("layer", SD15, ids=named)
+def test_products(benchmark, layer, dtype):
+    """The two products of an absorbed layer, 77 keys, alone: what the layers above cannot be faster than here."""
+    keys = 77 * layer.heads
+    x = torch.randn(layer.queries, layer.width).to(dtype)
+    a, vo = torch.randn(2, keys, layer.width).to(dtype)
+    logits, output = Product(a), Product(vo.mT)
+    benchmark.extra_info["operations"] = 4 * x.numel() * keys
+    benchmark.pedantic(lambda: output(logits(x)), rounds=30, warmup_rounds=3)

@@ -1,4 +1,6 @@
-"""Turn pytest-benchmark's JSON into a Markdown table: `python benchmarks/report.py RUN.json [TABLE.md]`."""
+"""Turn pytest-benchmark's JSON into a Markdown table: `python benchmarks/report.py RUN.json [TABLE.md]`, and a plot
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,38 @@ def table(run: dict) -> str:
         "| benchmark | memkern, ms | against | ms | ratio (quartiles) |",
         "| --- | ---: | --- | ---: | ---: |",
     ]
-    for bench in run["benchmarks"]:
+    for bench in compared(run):
         info = bench["extra_info"]
         low, high = info["ratio_quartiles"]
         lines.append(
             f"| {bench['name'].removeprefix('test_')} | {info['ours_ms']:.2f} | {info['alternative']} "
             f"| {info['alternative_ms']:.2f} | {info['ratio']:.3f} ({low:.3f}–{high:.3f}) |"
         )
-    return "\n".join(lines + speedups(run)) + "\n"
+    return "\n".join(lines + speedups(run) + rates(run)) + "\n"
+
+
+def compared(run: dict) -> list[dict]:
+    """The benchmarks that time memkern against something."""
+    return [bench for bench in run["benchmarks"] if "ratio" in bench["extra_info"]]
+
+
+def rates(run: dict) -> list[str]:
+    """What the processor does with matrix products alone."""
+    found = [bench for bench in run["benchmarks"] if "operations" in bench["extra_info"]]
+    if not found:
+        return []
+    lines = ["", "| matrix products alone | ms | 10⁹ operations a second |", "| --- | ---: | ---: |"]
+    for bench in found:
+        seconds = bench["stats"]["median"]
+        operations = bench["extra_info"]["operations"]
+        name = bench["name"].removeprefix("test_")
+        lines.append(f"| {name} | {1e3 * seconds:.2f} | {operations / seconds / 1e9:.0f} |")
+    return lines
 
 
 def speedups(run: dict) -> list[str]:
     """Geometric mean and worst of how many times as fast memkern is, over the layers of each group."""
-    groups = defaultdict(list)
-    for bench in run["benchmarks"]:
-        if bench["group"] is not None:
-            groups[bench["group"]].append(1 / bench["extra_info"]["ratio"])
+    groups = grouped(run)
     if not groups:
         return []
     lines = ["", "| cross-attention layers | speed-up, geometric mean | worst layer |", "| --- | ---: | ---: |"]
@@ -42,8 +60,37 @@ def speedups(run: dict) -> list[str]:
     ]
 
 
+def grouped(run: dict) -> dict[str, list[float]]:
+    """Group → speed-up of each of its layers."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for bench in compared(run):
+        if bench["group"] is not None:
+            groups[bench["group"]].append(1 / bench["extra_info"]["ratio"])
+    return groups
+
+
+def plot(run: dict, path: Path) -> None:
+    """Speed-up of each group's layers as points, and their geometric mean as a bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = dict(reversed(grouped(run).items()))
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.32 * len(groups)), layout="constrained")
+    axes.barh(list(groups), [statistics.geometric_mean(found) for found in groups.values()], color="#9ecae1")
+    for row, found in enumerate(groups.values()):
+        axes.plot(found, [row] * len(found), "o", color="#08519c", markersize=4)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("times as fast as the alternative: layers (points) and their geometric mean (bar)")
+    figure.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
-    text = table(json.loads(Path(sys.argv[1]).read_text()))
+    recorded = json.loads(Path(sys.argv[1]).read_text())
+    text = table(recorded)
     print(text)
     if len(sys.argv) > 2:
         Path(sys.argv[2]).write_text(text, encoding="utf-8")
+        if grouped(recorded):
+            plot(recorded, Path(sys.argv[2]).with_suffix(".png"))

@@ -4,14 +4,14 @@
     memkern.patch(pipe)
 
 The method is that of Kim & No, "Memorization in Stable Diffusion is unexpectedly driven by CLIP embeddings"
-(arXiv 2605.02908). Data flows one way: ids → roles → policy → plan → embeddings → image.
+(arXiv 2605.02908). Data flows one way: ids → roles → policy → plan → embeddings → K/V → image.
 """
 
 from . import ops
 from .embeddings import apply_policy
 from .errors import UnmitigatedError, UnmitigatedWarning
 from .info import info
-from .pipelines import Patch, patch, patched, status, unpatch
+from .pipelines import Patch, Probe, patch, patched, probe, status, unpatch
 from .plan import Plan, lower
 from .policy import Edit, Policy
 from .presets import PRESETS
@@ -25,6 +25,7 @@ __all__ = [
     "Patch",
     "Plan",
     "Policy",
+    "Probe",
     "Role",
     "UnmitigatedError",
     "UnmitigatedWarning",
@@ -34,6 +35,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "probe",
     "status",
     "token_roles",
     "unpatch",

@@ -74,6 +74,15 @@ def coalesce_plan(plan: Plan) -> Keys:
     return _keys(groups, biases, plan.source.device)
 
 
+def every_key(plan: Plan) -> Keys:
+    """Every key of a plan that is not excluded, each for itself."""
+    groups = [
+        [None if value == -math.inf else position for position, value in enumerate(row)]
+        for row in plan.bias.cpu().tolist()
+    ]
+    return _keys(groups, plan.bias.cpu().tolist(), plan.source.device)
+
+
 def _keys(groups: Sequence[Sequence[Hashable]], biases: Sequence[Sequence[float]], device: torch.device) -> Keys:
     """One key per name and sequence, at the first position that has it; None has none."""
     kept: list[list[int]] = []

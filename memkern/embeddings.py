@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from . import ops
-from .ledger import remember_edited
-from .plan import Plan, lower, pad_mean
-from .policy import Bank, Branch, Policy
+from .ledger import Edited, remember_edited
+from .plan import Plan, bank_rows, lower
+from .policy import Branch, Policy
 from .roles import CLIP_EOT_ID, CONTEXT_LENGTH, Role, token_roles
 
 
@@ -19,6 +19,7 @@ def apply_policy(
     branch: Branch = "cond",
     eos_token_id: int = CLIP_EOT_ID,
     reembed_id: int = 0,
+    reembedded: torch.Tensor | None = None,
     context_length: int = CONTEXT_LENGTH,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -34,6 +35,7 @@ def apply_policy(
         branch: "cond" for prompts, "uncond" for negative prompts.
         eos_token_id: the tokenizer's EOT id.
         reembed_id: the id of the token that the policy pads with, 0 for CLIP's "!".
+        reembedded: `[B, L, D]`, the same prompts encoded with "!" for their pads, for `replace("pad-reembedded")`.
         context_length: tokens in a window.
         backend: "auto", "cpp" or "torch".
 
@@ -42,10 +44,14 @@ def apply_policy(
 
     Raises:
         TypeError, ValueError: arguments of another type, shape or dtype; pads that are not re-embedded.
-        NotImplementedError: the policy needs the attention stage.
+        ValueError: the policy needs the kv stage, which is in a patched pipeline only.
     """
     policy = Policy.of(policy)
-    policy.require_embeds_stage()
+    if policy.kv_reasons():
+        raise ValueError(
+            f"policy '{policy}' cannot be applied to embeddings: {'; '.join(policy.kv_reasons())}. In a patched "
+            "pipeline it acts on keys and values: memkern.patch(pipe, policy)"
+        )
     roles = token_roles(input_ids, eos_token_id=eos_token_id, context_length=context_length)
     if policy.reembed_pads is not None:
         other = int(((roles == Role.PAD) & (input_ids != reembed_id)).sum())
@@ -55,7 +61,9 @@ def apply_policy(
                 f"PAD positions whose id is not {reembed_id}. Encode with that id there "
                 "(`patch.encoding` does), or use a policy without it, such as 'zero-pad:0.7'"
             )
-    return edit_embeddings(embeds, roles, policy, branch, context_length=context_length, backend=backend)
+    return edit_embeddings(
+        embeds, roles, policy, branch, reembedded=reembedded, context_length=context_length, backend=backend
+    )
 
 
 def edit_embeddings(
@@ -64,6 +72,7 @@ def edit_embeddings(
     policy: Policy,
     branch: Branch,
     *,
+    reembedded: torch.Tensor | None = None,
     context_length: int = CONTEXT_LENGTH,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -74,20 +83,18 @@ def edit_embeddings(
     """
     if embeds.dim() != 3 or embeds.shape[1] != roles.shape[1] or embeds.shape[0] % max(1, roles.shape[0]):
         raise ValueError(f"embeds: expected [B·n, L, D] for roles {list(roles.shape)}, got {list(embeds.shape)}")
-    if not policy.edits_on(branch):
-        remember_edited(embeds, policy, branch)
-        return embeds
-    plan = lower(policy, roles, branch, context_length=context_length)
-    images = embeds.shape[0] // max(1, roles.shape[0])
-    source, scale = (
-        rows.repeat_interleave(images, 0).to(embeds.device, non_blocking=True) for rows in (plan.source, plan.v_scale)
-    )
-    bank = None
-    if any(edit.action.source is Bank.PAD_MEAN for edit in policy.edits_on(branch)):
-        spread = roles.repeat_interleave(images, 0).to(embeds.device, non_blocking=True)
-        bank = pad_mean(embeds, spread, context_length=context_length)
-    edited = ops.edit_embeds(embeds, bank, source, scale, backend=backend)
-    remember_edited(edited, policy, branch)
+    edited, own = embeds, Policy(policy.edits_on(branch))
+    if own.edits:
+        images = embeds.shape[0] // max(1, roles.shape[0])
+        plan = lower(own, roles, branch, context_length=context_length)
+        source, scale, spread = (
+            rows.repeat_interleave(images, 0).to(embeds.device, non_blocking=True)
+            for rows in (plan.source, plan.v_scale, roles)
+        )
+        reembedded = None if reembedded is None else reembedded.repeat_interleave(images, 0)
+        bank = bank_rows(own, embeds, spread, reembedded, context_length=context_length)
+        edited = ops.edit_embeds(embeds, bank, source, scale, backend=backend)
+    remember_edited(edited, Edited(policy, branch, roles))
     return edited
 
 

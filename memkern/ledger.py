@@ -7,28 +7,47 @@ Entries are weak and by identity: a copy, a cast or a concatenation is a tensor 
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from .policy import Branch, Policy
 
+Stage = Literal["embeds", "kv"]
 
-class Edited(NamedTuple):
-    """The policy that a tensor was edited under, and as which branch."""
+
+@dataclass(frozen=True)
+class Edited:
+    """What is known of embeddings.
+
+    Attributes:
+        policy: what they were made under.
+        branch: whose they are.
+        roles: uint8 `[B, L]` on the host.
+        stage: "embeds": they are edited; "kv": only their pads are, keys and values will be.
+        reembedded: `[B, L, D]`, the same prompts encoded with "!" for their pads, where the policy reads that.
+    """
 
     policy: Policy
     branch: Branch
+    roles: torch.Tensor
+    stage: Stage = "embeds"
+    reembedded: torch.Tensor | None = None
+
+    def is_made_for(self, policy: Policy, branch: Branch, stage: Stage) -> bool:
+        """Whether they are what a pipeline with this in force makes."""
+        return (self.policy, self.branch, self.stage) == (policy, branch, stage)
 
 
 _edited: dict[int, tuple[weakref.ref[torch.Tensor], int, Edited]] = {}
 
 
-def remember_edited(tensor: torch.Tensor, policy: Policy, branch: Branch) -> None:
-    """Note that `tensor` `[B, L, D]`, as it is now, holds embeddings of `branch` edited under `policy`."""
+def remember_edited(tensor: torch.Tensor, edited: Edited) -> None:
+    """Note what is known of the embeddings `tensor` `[B·n, L, D]`, as they are now."""
     key = id(tensor)
     reference = weakref.ref(tensor, lambda _: _edited.pop(key, None))
-    _edited[key] = (reference, _version(tensor), Edited(policy, branch))
+    _edited[key] = (reference, _version(tensor), edited)
 
 
 def recall_edited(tensor: torch.Tensor) -> Edited | None:

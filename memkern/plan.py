@@ -8,6 +8,7 @@ sequence encoded with re-embedded pads. A scale of 0 selects 0 rather than multi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,23 @@ class Plan:
             torch.zeros(shape, device=device),
         )
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing. A device sync, for a plan on a device."""
+        own = Plan.identity(*self.source.shape, device=self.source.device)
+        names = ("source", "k_scale", "v_scale", "bias")
+        return all(torch.equal(getattr(self, name), getattr(own, name)) for name in names)
+
+    def rows(self, part: slice) -> Plan:
+        """The plan of some of the rows."""
+        return Plan(self.source[part], self.k_scale[part], self.v_scale[part], self.bias[part])
+
+    @classmethod
+    def cat(cls, plans: Sequence[Plan]) -> Plan:
+        """The rows of several plans."""
+        columns = zip(*((plan.source, plan.k_scale, plan.v_scale, plan.bias) for plan in plans), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
 
 _KEPT = {"keep": 1.0, "replace": 1.0, "zero": 0.0}
 
@@ -57,7 +75,8 @@ def lower(
 ) -> Plan:
     """Lower `policy` for rows of one branch.
 
-    Windows of layers and steps say where a plan is used, not what is in it; they are not looked at here.
+    Windows of layers and steps say where a plan is used, not what is in it; they are not looked at here. Nor are
+    edits that attenuate: what they do depends on the queries.
 
     Args:
         policy: the policy, or a preset's name.
@@ -84,6 +103,8 @@ def lower(
             bias = bias.masked_fill(selected, float("-inf"))
         elif action.kind == "logit_bias":
             bias = torch.where(selected, bias + value, bias)
+        elif action.kind == "attenuate":
+            continue
         elif action.kind == "logit_scale":
             logit_scale = torch.where(selected, logit_scale * value, logit_scale)
         else:
@@ -127,6 +148,39 @@ def select(edit: Edit, roles: torch.Tensor) -> torch.Tensor:
         order = draw.expand(roles.shape).masked_fill(~of_role, torch.inf).argsort(-1)
         chosen = order.argsort(-1) < count
     return of_role & chosen
+
+
+def bank_rows(
+    policy: Policy,
+    embeds: torch.Tensor,
+    roles: torch.Tensor,
+    reembedded: torch.Tensor | None = None,
+    *,
+    context_length: int = CONTEXT_LENGTH,
+) -> torch.Tensor | None:
+    """The rows that a plan of `policy` reads beside the sequence's own.
+
+    Args:
+        embeds: `[B, L, D]`.
+        roles: uint8 `[B, L]`, on the same device.
+        reembedded: `[B, L, D]`, the same prompts encoded with "!" for their pads; where `replace("pad-reembedded")`
+            is in the policy.
+
+    Returns:
+        `[B, W, D]` or `[B, W + L, D]`; None where the policy reads none.
+
+    Raises:
+        ValueError: `reembedded` is needed and missing.
+    """
+    both = policy.reads(Bank.PAD_REEMBEDDED)
+    if not both and not policy.reads(Bank.PAD_MEAN):
+        return None
+    mean = pad_mean(embeds, roles, context_length=context_length)
+    if not both:
+        return mean
+    if reembedded is None:
+        raise ValueError(f"reembedded: policy '{policy}' reads the prompt encoded with '!' for its pads as well")
+    return torch.cat([mean, reembedded.to(mean)], 1)
 
 
 def _roles_for(edit: Edit, roles: torch.Tensor, branch: Branch, cond_roles: torch.Tensor | None) -> torch.Tensor:

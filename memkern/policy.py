@@ -20,13 +20,17 @@ BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
 ORDERS = ("first", "last", "even", "random")
 
 
+REEMBEDDED_AS = "!"
+"""The token that `Bank.PAD_REEMBEDDED` pads with, the paper's."""
+
+
 class Bank(str, Enum):
     """Rows beside a sequence's own, which `replace` can read."""
 
     PAD_MEAN = "pad-mean"
     """The mean of the PAD rows of the same window."""
     PAD_REEMBEDDED = "pad-reembedded"
-    """The row at the same position, encoded with the pads re-embedded."""
+    """The row at the same position, the prompt encoded with "!" for its pads."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,19 @@ class Action:
     kind: str
     value: float | None = None
     source: Role | Bank | None = None
+    threshold: float | None = None
 
     def __str__(self) -> str:
         if self.source is not None:
             name = self.source.name.lower() if isinstance(self.source, Role) else self.source.value
             return f"{self.kind}({name})"
-        return self.kind if self.value is None else f"{self.kind}({self.value:g})"
+        numbers = ", ".join(f"{number:g}" for number in (self.value, self.threshold) if number is not None)
+        return f"{self.kind}({numbers})" if numbers else self.kind
 
     @property
     def needs_attention(self) -> bool:
         """Whether no edit of the embeddings expresses this action."""
-        return self.kind in ("exclude", "logit_scale", "logit_bias")
+        return self.kind in ("exclude", "logit_scale", "logit_bias", "attenuate")
 
 
 def keep() -> Action:
@@ -60,7 +66,7 @@ def zero() -> Action:
 
 
 def exclude() -> Action:
-    """The key leaves the softmax: its logit becomes -inf. Needs the attention stage."""
+    """The key leaves the softmax: its logit becomes -inf. Needs the kv stage."""
     return Action("exclude")
 
 
@@ -81,13 +87,22 @@ def replace(source: Role | Bank | str) -> Action:
 
 
 def logit_scale(factor: float) -> Action:
-    """The key's logit is multiplied by `factor`. Needs the attention stage."""
+    """The key's logit is multiplied by `factor`. Needs the kv stage."""
     return Action("logit_scale", _finite("logit_scale", factor))
 
 
 def logit_bias(bias: float) -> Action:
-    """`bias` is added to the key's logit. Needs the attention stage."""
+    """`bias` is added to the key's logit. Needs the kv stage."""
     return Action("logit_bias", _finite("logit_bias", bias))
+
+
+def attenuate(factor: float, threshold: float) -> Action:
+    """The logit of a key that stands out is multiplied by `factor` (GUARD, arXiv 2603.00133). Needs the kv stage.
+
+    Per head, a key stands out whose greatest logit over the queries has a z-score above `threshold` among all
+    keys of the row that are attenuated (standard deviation over them, not an estimate from a sample).
+    """
+    return Action("attenuate", _finite("attenuate", factor), threshold=_finite("attenuate", threshold))
 
 
 def strength(amount: float) -> Action:
@@ -108,8 +123,8 @@ class Edit:
         seed: of order "random"; the global generator is never touched.
         roles_of: whose roles select the positions: the row's "own", or those of the "cond" row it is paired
             with (Ren et al. cut the uncond row at its cond row's length).
-        layers: UNet layers by dotted name, block ("down", "mid", "up") or resolution; None = all.
-        steps: from–to as fractions of the schedule; None = all.
+        layers: UNet layers by dotted name, block ("down", "mid", "up") or resolution ("64x64", "64"); None = all.
+        steps: from–to as fractions of the schedule, step i of n being at i/n; None = all.
     """
 
     role: Role
@@ -133,7 +148,10 @@ class Edit:
         if self.action.source == self.role:
             raise ValueError(f"action: {self.role.name} cannot be replaced by itself")
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+            if not layers or not all(isinstance(layer, str) for layer in layers):
+                raise ValueError(f"layers: expected names, blocks or resolutions, got {self.layers!r}")
+            object.__setattr__(self, "layers", layers)
         if self.steps is not None:
             first, last = (_unit("steps", step) for step in self.steps)
             if first >= last:
@@ -144,13 +162,11 @@ class Edit:
         """Whether rows of `branch` are edited."""
         return self.branch in (branch, "both")
 
-    def attention_reasons(self) -> list[str]:
-        """Why this edit needs the attention stage; empty where editing the embeddings is enough."""
+    def kv_reasons(self) -> list[str]:
+        """Why this edit needs the kv stage; empty where editing the embeddings is enough."""
         reasons = []
         if self.action.needs_attention:
             reasons.append(f"{self.action} on {self.role.name} acts on logits")
-        if self.action.source is Bank.PAD_REEMBEDDED:
-            reasons.append(f"{self.action} on {self.role.name} keeps both encodings of the pads")
         if self.layers is not None:
             reasons.append(f"the edit of {self.role.name} has a window of layers")
         if self.steps is not None:
@@ -219,14 +235,13 @@ class Policy:
         """Whether anything about rows of `branch` changes, the re-embedding of their pads included."""
         return self.reembed_pads is not None or bool(self.edits_on(branch))
 
-    def require_embeds_stage(self) -> None:
-        """Raise NotImplementedError, with the reasons, if editing the embeddings cannot express this policy."""
-        reasons = [reason for edit in self.edits for reason in edit.attention_reasons()]
-        if reasons:
-            raise NotImplementedError(
-                f"policy '{self}' needs the attention stage, which this version does not have yet "
-                f"(it edits embeddings): {'; '.join(reasons)}"
-            )
+    def kv_reasons(self) -> list[str]:
+        """Why an edit of the embeddings cannot express this policy; empty if it can."""
+        return [reason for edit in self.edits for reason in edit.kv_reasons()]
+
+    def reads(self, bank: Bank) -> bool:
+        """Whether an edit replaces rows by those of `bank`."""
+        return any(edit.action.source is bank for edit in self.edits)
 
     def __str__(self) -> str:
         if self.name is not None:

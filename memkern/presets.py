@@ -9,43 +9,62 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .policy import Action, Bank, Edit, Policy, exclude, logit_scale, replace, zero
+from .policy import Action, Bank, Edit, Policy, attenuate, exclude, logit_scale, replace, zero
 from .roles import Role
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number in a preset's name; without a default it has to be given."""
+
+    name: str
+    default: float | None = None
+    minimum: float = 0.0
+    maximum: float = math.inf
+
+    def check(self, usage: str, value: float) -> float:
+        """`value`, or a ValueError if it is out of range."""
+        if not self.minimum <= value <= self.maximum or not math.isfinite(value):
+            least = "finite" if self.minimum == -math.inf else f"finite and at least {self.minimum:g}"
+            allowed = f"in [{self.minimum:g}, {self.maximum:g}]" if math.isfinite(self.maximum) else least
+            raise ValueError(f"policy {usage}: {self.name} must be {allowed}, got {value:g}")
+        return value
 
 
 @dataclass(frozen=True)
 class Preset:
     """One row of the preset table.
 
-    `make` builds the policy from the number after the colon, where the preset takes one.
+    `make` builds the policy from the numbers after the colon, one for each of `parameters`.
     """
 
     name: str
     summary: str
     equation: str
-    make: Callable[[float], Policy]
-    parameter: str | None = None
-    default: float = 1.0
-    maximum: float = math.inf
+    make: Callable[..., Policy]
+    parameters: tuple[Parameter, ...] = ()
 
     @property
     def usage(self) -> str:
         """The string form: the name, with `:parameter` where there is one."""
-        return self.name if self.parameter is None else f"{self.name}:{self.parameter}"
+        names = ",".join(parameter.name for parameter in self.parameters)
+        return f"{self.name}:{names}" if names else self.name
 
-    def policy(self, value: float | None = None) -> Policy:
-        """The policy, with `value` (default: `self.default`) for the parameter."""
-        value = self.default if value is None else value
-        if not 0 <= value <= self.maximum or not math.isfinite(value):
-            allowed = f"in [0, {self.maximum:g}]" if math.isfinite(self.maximum) else "finite and not negative"
-            raise ValueError(f"policy {self.usage}: {self.parameter} must be {allowed}, got {value:g}")
-        made = self.make(value)
-        name = self.name if self.parameter is None else f"{self.name}:{value:.12g}"
-        return Policy(made.edits, made.reembed_pads, name)
+    def policy(self, *values: float) -> Policy:
+        """The policy, with the defaults of parameters that are not given."""
+        given = list(values)
+        for parameter in self.parameters[len(given) :]:
+            if parameter.default is None:
+                raise ValueError(f"policy {self.usage}: {parameter.name} has no default; give it")
+            given.append(parameter.default)
+        checked = [parameter.check(self.usage, value) for parameter, value in zip(self.parameters, given, strict=True)]
+        made = self.make(*checked)
+        numbers = ",".join(f"{value:.12g}" for value in checked)
+        return Policy(made.edits, made.reembed_pads, f"{self.name}:{numbers}" if numbers else self.name)
 
 
-def _edits(action: Action, *roles: Role) -> Callable[[float], Policy]:
-    return lambda _: Policy(tuple(Edit(role, action) for role in roles))
+def _edits(action: Action, *roles: Role) -> Callable[[], Policy]:
+    return lambda: Policy(tuple(Edit(role, action) for role in roles))
 
 
 _ROWS = (
@@ -53,22 +72,20 @@ _ROWS = (
         "swap-pad-zero-eot",
         "pads re-embedded as '!' on both branches; EOT zeroed (the paper's method 1)",
         "v^pad ← v^!, v^eot ← 0",
-        lambda _: Policy((Edit(Role.EOT, zero()),), reembed_pads="!"),
+        lambda: Policy((Edit(Role.EOT, zero()),), reembed_pads="!"),
     ),
     Preset(
         "swap-pad",
         "pads re-embedded as '!' on both branches",
         "v^pad ← v^!",
-        lambda _: Policy(reembed_pads="!"),
+        lambda: Policy(reembed_pads="!"),
     ),
     Preset(
         "zero-pad",
         "the first int(min(d, d·r)) of the d PAD positions zeroed (the paper's method 2; r = 1 is (h))",
         "v^pad_i ← 0 for i ≤ ⌊d·r⌋",
         lambda ratio: Policy((Edit(Role.PAD, zero(), fraction=ratio),)),
-        parameter="r",
-        default=0.7,
-        maximum=1.0,
+        (Parameter("r", 0.7, maximum=1.0),),
     ),
     Preset("zero-eot", "EOT zeroed (f)", "v^eot ← 0", _edits(zero(), Role.EOT)),
     Preset("zero-eot-pad", "EOT and PAD zeroed (a)", "v^eot, v^pad ← 0", _edits(zero(), Role.EOT, Role.PAD)),
@@ -107,29 +124,44 @@ _ROWS = (
                 Edit(Role.PAD, exclude(), branch="both", roles_of="cond"),
             )
         ),
-        parameter="c",
-        default=1.25,
+        (Parameter("c", 1.25),),
     ),
-    Preset("none", "no edit", "v ← v", lambda _: Policy()),
+    Preset(
+        "guard",
+        "keys but SOT's that stand out by z-score: logit times alpha, per head, cond, down and mid blocks (GUARD)",
+        "ℓ_i ← α·ℓ_i where z(max_q ℓ_i) > τ",
+        lambda alpha, tau: Policy(
+            tuple(
+                Edit(role, attenuate(alpha, tau), layers=("down", "mid")) for role in (Role.PROMPT, Role.EOT, Role.PAD)
+            )
+        ),
+        (Parameter("alpha"), Parameter("tau", minimum=-math.inf)),
+    ),
+    Preset("none", "no edit", "v ← v", lambda: Policy()),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ROWS}
-"""Name → `Preset`. `zero-pad` and `ren` take a number: "zero-pad:0.7", "ren:1.25"."""
+"""Name → `Preset`. Some take numbers: "zero-pad:0.7", "ren:1.25", "guard:0.2,1.5"."""
 
 
 def parse(text: str) -> Policy:
-    """The policy that `text` ("name" or "name:number") names; see `Policy.parse`."""
-    name, colon, number = text.strip().partition(":")
+    """The policy that `text` ("name", "name:number" or "name:number,number") names; see `Policy.parse`."""
+    name, colon, numbers = text.strip().partition(":")
     preset = PRESETS.get(name)
     if preset is None:
         known = ", ".join(row.usage for row in _ROWS)
         raise ValueError(f"policy: unknown preset {text!r}; the presets are {known}")
     if not colon:
         return preset.policy()
-    if preset.parameter is None:
+    if not preset.parameters:
         raise ValueError(f"policy: preset {name!r} takes no parameter, got {text!r}")
-    try:
-        value = float(number)
-    except ValueError:
-        raise ValueError(f"policy {preset.usage}: {preset.parameter} must be a number, got {number!r}") from None
-    return preset.policy(value)
+    given = numbers.split(",")
+    if len(given) > len(preset.parameters):
+        raise ValueError(f"policy {preset.usage}: takes {len(preset.parameters)} numbers, got {text!r}")
+    values = []
+    for parameter, number in zip(preset.parameters, given, strict=False):
+        try:
+            values.append(float(number))
+        except ValueError:
+            raise ValueError(f"policy {preset.usage}: {parameter.name} must be a number, got {number!r}") from None
+    return preset.policy(*values)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
+import torch
 
-from memkern import PRESETS, Edit, Policy, Role
-from memkern.policy import Bank, exclude, keep, logit_bias, logit_scale, replace, strength, zero
+from memkern import PRESETS, Edit, Policy, Role, apply_policy
+from memkern.policy import Bank, attenuate, exclude, keep, logit_bias, logit_scale, replace, strength, zero
 
 STRING_FORMS = {
     "swap-pad-zero-eot": Policy((Edit("eot", zero()),), reembed_pads="!"),
@@ -22,12 +24,15 @@ STRING_FORMS = {
     "prompt-pad-from-eot": Policy((Edit("prompt", replace("eot")), Edit("pad", replace("eot")))),
     "prompt-eot-from-pad": Policy((Edit("prompt", replace("pad-mean")), Edit("eot", replace("pad-mean")))),
     "ren:1.25": Policy((Edit("sot", logit_scale(1.25)), Edit("pad", exclude(), branch="both", roles_of="cond"))),
+    "guard:0.2,1.5": Policy(
+        [Edit(role, attenuate(0.2, 1.5), layers=("down", "mid")) for role in ("prompt", "eot", "pad")]
+    ),
     "none": Policy(),
 }
 
 
 @pytest.mark.parametrize("text", STRING_FORMS)
-def test_thirteen_presets(text):
+def test_fourteen_presets(text):
     policy = Policy.parse(text)
     assert policy == STRING_FORMS[text]
     assert str(policy) == text
@@ -37,7 +42,7 @@ def test_thirteen_presets(text):
 
 def test_every_preset_has_its_string_form():
     assert {text.partition(":")[0] for text in STRING_FORMS} == set(PRESETS)
-    assert len(STRING_FORMS) == 13
+    assert len(STRING_FORMS) == 14
 
 
 def test_parameters():
@@ -51,13 +56,18 @@ def test_parameters():
     ("text", "message"),
     [
         ("zero-pads", "unknown preset 'zero-pads'; the presets are swap-pad-zero-eot, swap-pad, zero-pad:r, zero-eot,"),
-        ("", "unknown preset ''; the presets are .*, ren:c, none"),
+        ("", "unknown preset ''; the presets are .*, ren:c, guard:alpha,tau, none"),
         ("zero-pad:1.2", r"policy zero-pad:r: r must be in \[0, 1\], got 1.2"),
         ("zero-pad:-0.1", r"policy zero-pad:r: r must be in \[0, 1\], got -0.1"),
         ("zero-pad:nan", r"policy zero-pad:r: r must be in \[0, 1\], got nan"),
         ("zero-pad:half", "policy zero-pad:r: r must be a number, got 'half'"),
-        ("ren:-1", "policy ren:c: c must be finite and not negative, got -1"),
-        ("ren:inf", "policy ren:c: c must be finite and not negative, got inf"),
+        ("ren:-1", "policy ren:c: c must be finite and at least 0, got -1"),
+        ("guard", "policy guard:alpha,tau: alpha has no default; give it"),
+        ("guard:0.2", "policy guard:alpha,tau: tau has no default; give it"),
+        ("guard:0.2,x", "policy guard:alpha,tau: tau must be a number, got 'x'"),
+        ("guard:0.2,1,3", "policy guard:alpha,tau: takes 2 numbers, got 'guard:0.2,1,3'"),
+        ("guard:-0.2,1", "policy guard:alpha,tau: alpha must be finite and at least 0, got -0.2"),
+        ("ren:inf", "policy ren:c: c must be finite and at least 0, got inf"),
         ("zero-eot:0.5", "preset 'zero-eot' takes no parameter, got 'zero-eot:0.5'"),
     ],
 )
@@ -119,14 +129,15 @@ def test_composition():
     [
         (
             Policy.parse("ren:1.25"),
-            r"policy 'ren:1.25' needs the attention stage.*logit_scale\(1.25\) on SOT.*exclude on PAD",
+            r"logit_scale\(1.25\) on SOT acts on logits; exclude on PAD acts on logits",
         ),
         (Policy([Edit("eot", logit_bias(1))]), r"logit_bias\(1\) on EOT acts on logits"),
         (Policy([Edit("eot", zero(), layers=("mid",))]), "the edit of EOT has a window of layers"),
         (Policy([Edit("eot", zero(), steps=(0, 0.5))]), "the edit of EOT has a window of steps"),
-        (Policy([Edit("pad", replace("pad-reembedded"))]), "keeps both encodings of the pads"),
+        (Policy.parse("guard:0.2,1.5"), r"attenuate\(0.2, 1.5\) on PROMPT acts on logits; .* has a window of layers"),
     ],
 )
 def test_what_the_embeds_stage_cannot_do(policy, reason):
-    with pytest.raises(NotImplementedError, match=reason):
-        policy.require_embeds_stage()
+    assert re.search(reason, "; ".join(policy.kv_reasons()))
+    with pytest.raises(ValueError, match=f"cannot be applied to embeddings: .*{reason}"):
+        apply_policy(torch.zeros(1, 77, 8), torch.full((1, 77), 49407), policy)

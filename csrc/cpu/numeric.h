@@ -7,8 +7,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#define MEMKERN_LEVELS
 #define MEMKERN_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
 // Without 512-bit stores, and without the compiler making a call of memcpy or memset of the loop.
 #define MEMKERN_COPY_LOOP \
@@ -36,8 +38,10 @@ void copy(const void* in, void* out, int64_t bytes);
 void zero(void* out, int64_t bytes);
 
 // Rows as float and back, rounded to nearest even.
+inline void to_float(const float* in, float* out, int64_t n) { std::memcpy(out, in, n * sizeof(float)); }
 void to_float(const Half* in, float* out, int64_t n);
 void to_float(const BFloat16* in, float* out, int64_t n);
+inline void from_float(const float* in, float* out, int64_t n) { std::memcpy(out, in, n * sizeof(float)); }
 void from_float(const float* in, Half* out, int64_t n);
 void from_float(const float* in, BFloat16* out, int64_t n);
 

@@ -82,7 +82,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
-    return (cpu.biased_attention if q.dtype is torch.float32 else _reference)(q, k, v, bias, scale)
+    served = q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return (cpu.biased_attention if served else _reference)(q, k, v, bias, scale)
 
 
 _operator = register(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .attention import per_head, without_excluded
@@ -9,34 +11,91 @@ from .attention import per_head, without_excluded
 _LIBRARY = torch.library.Library("memkern_cpu", "DEF")
 # logits [N, H, n], contiguous, becomes softmax(logits + bias) over n, in float; bias float32 [1, n] or [H, n].
 _LIBRARY.define("biased_softmax_(Tensor(a!) logits, Tensor bias) -> ()")
+# q [B, N, H, D], contiguous, k and v [B, H, n, D], bias float32 [B, 1, n] or [B, H, n]: [B, N, H, D].
+_LIBRARY.define("biased_attention(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor")
 _biased_softmax_ = torch.ops.memkern_cpu.biased_softmax_.default
+_biased_attention = torch.ops.memkern_cpu.biased_attention.default
 
-TILE_BYTES = 1 << 21
+TILE_BYTES = 1 << 22
 """Of logits, so that they stay in cache between the two products."""
 
+PROJECTED_BYTES = 1 << 20
+"""Of projected queries, so that they and what is attended stay in cache, and in memory that is used again."""
 
-def absorb_rows(
-    x: torch.Tensor, a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:  # fmt: skip
+
+class Product:
+    """`rows weightᵀ + bias` for many rows. The weight is reordered once, where oneDNN serves this dtype here.
+
+    Args:
+        weight: `[O, I]`, float32, float16 or bfloat16.
+        bias: `[O]`.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, reorder: bool = True) -> None:
+        self.bias = bias
+        self.outputs = weight.shape[0]
+        self.reordered = reorder and _serves(weight.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.reordered else weight
+
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`[N, O]`, in `out` if that is given."""
+        if self.reordered:
+            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+            return made if out is None else out.copy_(made)
+        if self.bias is None:
+            return torch.mm(rows, self.weight.mT, out=out)
+        return torch.addmm(self.bias, rows, self.weight.mT, out=out)
+
+
+@functools.cache
+def _serves(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this dtype on this processor; what torch's own compiler asks too.
+
+    Not asked for float32: there its sums, one chain over all inputs, are two to four times less accurate than MKL's.
+    """
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in names or not torch.backends.mkldnn.is_available():
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(getattr(torch.ops.mkldnn, names[dtype])())
+
+
+def _tiles(count: int, most: int) -> list[slice]:
+    """Rows 0…count in parts of equal size, of about `most` rows and no fewer than 64."""
+    size = max(1, -(-count // max(1, round(count / max(64, most)))))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def absorb_rows(x: torch.Tensor, logits: Product, bias: torch.Tensor, output: Product, out: torch.Tensor) -> None:
     """`absorbed_attention` of one sequence into `out`, float32, float16 or bfloat16.
 
     Args:
         x, out: `[N, C]`, contiguous.
-        a, vo: `[H·n, C]`, contiguous; their rows for excluded keys are finite.
-        bias: float32 `[1, n]` or `[H, n]`, contiguous.
-        out_bias: `[C]`.
+        logits: of a, `[H·n, C]`.
+        bias: float32 `[1, n]` or `[H, n]`, contiguous; rows of a and vo that it excludes are finite.
+        output: of voᵀ, `[C, H·n]`, and the output's bias.
     """
     keys = bias.shape[-1]
-    tile = max(64, TILE_BYTES // max(1, a.shape[0] * x.itemsize))
-    for start in range(0, x.shape[0], tile):
-        rows = slice(start, start + tile)
-        logits = torch.mm(x[rows], a.mT)  # [tile, H·n]
-        _biased_softmax_(logits.view(len(logits), -1, keys), bias)
-        if out_bias is None:
-            torch.mm(logits, vo, out=out[rows])
-        else:
-            torch.addmm(out_bias, logits, vo, out=out[rows])
+    for rows in _tiles(x.shape[0], TILE_BYTES // max(1, logits.outputs * x.itemsize)):
+        p = logits(x[rows])  # [tile, H·n]
+        _biased_softmax_(p.view(len(p), -1, keys), bias)
+        output(p, out[rows])
+
+
+def project_rows(
+    x: torch.Tensor, to_q: Product, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float,
+    to_out: Product, out: torch.Tensor,
+) -> None:  # fmt: skip
+    """A layer of one sequence into `out`: to_q, `biased_attention`, to_out; float32, float16 or bfloat16.
+
+    Args:
+        x, out: `[N, C]`, contiguous.
+        k, v: `[1, H, n, D]`.
+        bias: float32 `[1, 1, n]`, contiguous.
+    """
+    for rows in _tiles(x.shape[0], PROJECTED_BYTES // max(1, x.shape[1] * x.itemsize)):
+        q = to_q(x[rows])
+        heads = _biased_attention(q.view(1, len(q), k.shape[1], -1), k, v, bias, scale)
+        to_out(heads.view_as(q), out[rows])
 
 
 def absorbed_attention(
@@ -60,22 +119,16 @@ def absorbed_attention(
             without_excluded(rows[b : b + 1, :, :left], bias[b : b + 1, ..., :left]).to(x.dtype).reshape(-1, x.shape[2])
             for rows in (a, vo)
         )
-        absorb_rows(x[b], kept_a, shared[b, :, :left].contiguous(), kept_vo, out_bias, out[b])
+        products = Product(kept_a, reorder=False), Product(kept_vo.mT, out_bias, reorder=False)
+        absorb_rows(x[b], products[0], shared[b, :, :left].contiguous(), products[1], out[b])
     return out if residual is None else out.add_(residual)
 
 
 def biased_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """See `memkern.ops.biased_attention`; float32, in which torch's own attention takes the bias exactly."""
-    batch, heads, queries, width = q.shape
-    out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
-    if out.numel() and k.shape[2]:
-        added = per_head(bias).expand(batch, -1, queries, -1)
-        kept_k, kept_v = without_excluded(k, bias), without_excluded(v, bias)
-        attended = torch.nn.functional.scaled_dot_product_attention(q, kept_k, kept_v, attn_mask=added, scale=scale)
-        empty = (per_head(bias) == -torch.inf).all(-1, keepdim=True)
-        if empty.any():
-            attended = attended.masked_fill(empty, 0)
-        return attended if attended.stride() == out.stride() else out.copy_(attended)
-    return out.zero_()
+    """See `memkern.ops.biased_attention`; float32, float16 or bfloat16, computed in float32."""
+    k, v = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (k, v))
+    by_query = q.transpose(1, 2).contiguous()  # [B, N, H, D]
+    out: torch.Tensor = _biased_attention(by_query, k, v, per_head(bias).squeeze(2).contiguous(), scale)
+    return out.transpose(1, 2)

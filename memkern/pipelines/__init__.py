@@ -1,6 +1,8 @@
 """Patching diffusers pipelines."""
 
-from .patching import Patch, patch, patched, status, unpatch
+from .instance import Patch
+from .patching import patch, patched, status, unpatch
+from .probe import Probe, probe
 from .status import PromptStatus, Status
 
-__all__ = ["Patch", "PromptStatus", "Status", "patch", "patched", "status", "unpatch"]
+__all__ = ["Patch", "Probe", "PromptStatus", "Status", "patch", "patched", "probe", "status", "unpatch"]

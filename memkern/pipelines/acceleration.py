@@ -1,13 +1,12 @@
-"""What is computed once per context: the keys that are left of it, and each layer's part of them.
+"""What the cross-attention layers of a UNet do with a context: once per context, and kept.
 
 The context does not change over the denoising steps, so a layer that sees one a second time computes its K and V,
 or with the weights of all four projections A and VO (`absorbed_attention`), and keeps them until the context
-dies, changes, or the weights do.
+dies, changes, or the weights do. At the kv stage a policy's edits are in them.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,12 +14,11 @@ from typing import Any
 
 import torch
 
-from .. import ops
-from ..coalesce import Keys, coalesce
-from ..ops import backends, cpu
+from ..ops import backends
+from .kv import Active, KVStage, Source, unedited
 from .layers import MARGIN, RATES, Path, Weights, seconds, weight_refusals, whole_refusals
-
-Attend = Callable[[torch.Tensor], torch.Tensor]
+from .paths import Attend, absorbed, projected
+from .rows import Rows, recognise
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,19 @@ class Prepared:
 
 
 class Context:
-    """One context: which layers saw it, and what they made of it."""
+    """One context: whose rows it has, which layers saw it, and what they made of it."""
 
-    def __init__(self, tensor: torch.Tensor, forget: Callable[[Any], None]) -> None:
+    def __init__(self, tensor: torch.Tensor, forget: Callable[[Any], None] | None = None) -> None:
         self.reference = weakref.ref(tensor, forget)
-        self.version = tensor._version
-        self.keys: Keys | None = None
-        self.seen: set[int] = set()
-        self.prepared: dict[int, Prepared] = {}
+        self.version = _version(tensor)
+        self.rows: Rows | None = None
+        self.sources: dict[Active, Source | None] = {}
+        self.seen: set[tuple[int, Active]] = set()
+        self.prepared: dict[tuple[int, Active], Prepared] = {}
 
     def is_still(self, tensor: torch.Tensor) -> bool:
         """Whether this is that very tensor, unwritten since."""
-        return self.reference() is tensor and self.version == tensor._version
+        return self.reference() is tensor and self.version == _version(tensor)
 
 
 class Acceleration:
@@ -82,11 +81,15 @@ class Acceleration:
 
     Attributes:
         backend: the operators' backend.
+        enabled: whether layers are computed here where that is faster, and not only where they are edited.
+        stage: the edits of keys and values; None where the embeddings are edited.
         choices: layer name → what it did last.
     """
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, *, enabled: bool = True, stage: KVStage | None = None) -> None:
         self.backend = backend
+        self.enabled = enabled
+        self.stage = stage
         self.choices: dict[str, Choice] = {}
         self._contexts: dict[int, Context] = {}
 
@@ -99,28 +102,46 @@ class Acceleration:
         self._contexts.clear()
         self.choices.clear()
 
+    def begin_call(self) -> None:
+        """The UNet is called: a context whose changes are not counted is looked at again."""
+        for key in [key for key, known in self._contexts.items() if known.version is None]:
+            del self._contexts[key]
+
     @property
     def size(self) -> int:
         """How many contexts are kept."""
         return len(self._contexts)
 
-    def attend(self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor | None:
-        """The layer's output before its residual; None where its own processor is to compute it."""
-        known = self._contexts.get(id(context))
-        if known is None or not known.is_still(context):
-            known = self._remember(context)
-        if id(attn) not in known.seen:
-            known.seen.add(id(attn))
+    def attend(
+        self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, *, keep: bool
+    ) -> torch.Tensor | None:
+        """The layer's output before its residual; None where its own processor is to compute it.
+
+        Args:
+            keep: whether what is computed from the context may be kept for the next step.
+        """
+        keep = keep and self.enabled
+        if not keep and self.stage is None:
             return None
-        prepared = known.prepared.get(id(attn))
+        known = self._known(context)
+        active = () if self.stage is None else self.stage.active(name, x.shape[1])
+        source = self._source(known, context, active) if active else None
+        key = id(attn), () if source is None else active
+        if not keep or key not in known.seen:
+            known.seen.add(key)
+            return None if source is None else projected(attn, source, self.backend, fixed=False)(x)
+        prepared = known.prepared.get(key)
         if prepared is None or not prepared.valid(attn):
-            known.keys = known.keys or coalesce(context)
-            prepared = known.prepared[id(attn)] = self._prepare(attn, x, context, known.keys)
+            source = source or self._unedited(known, context)
+            prepared = known.prepared[key] = self._prepare(attn, x, source)
             self.choices[name] = prepared.choice
         return None if prepared.attend is None else prepared.attend(x)
 
-    def _remember(self, tensor: torch.Tensor) -> Context:
+    def _known(self, tensor: torch.Tensor) -> Context:
         key = id(tensor)
+        known = self._contexts.get(key)
+        if known is not None and known.is_still(tensor):
+            return known
 
         def forget(reference: Any) -> None:
             kept = self._contexts.get(key)
@@ -130,28 +151,54 @@ class Acceleration:
         known = self._contexts[key] = Context(tensor, forget)
         return known
 
-    def _prepare(self, attn: Any, x: torch.Tensor, context: torch.Tensor, keys: Keys) -> Prepared:
+    def _source(self, known: Context, context: torch.Tensor, active: Active) -> Source | None:
+        """The context under the edits that are in force; None where they leave all its rows alone."""
+        assert self.stage is not None
+        if active not in known.sources:
+            if known.rows is None:
+                known.rows = recognise(context.detach(), self.stage.encoded)
+                if None in known.rows:
+                    self.stage.unknown(
+                        f"{known.rows.count(None)} of {len(known.rows)} rows of what the UNet reads were not made by "
+                        "the pipeline's encode_prompt: another tool changed them, or they came as raw prompt_embeds"
+                    )
+            known.sources[active] = self.stage.source(context, known.rows, active, self.backend)
+        return known.sources[active]
+
+    @staticmethod
+    def _unedited(known: Context, context: torch.Tensor) -> Source:
+        found = known.sources.get(())
+        if found is None:
+            found = known.sources[()] = unedited(context)
+        return found
+
+    def _prepare(self, attn: Any, x: torch.Tensor, source: Source) -> Prepared:
         reasons = whole_refusals(attn) + self._without_kernels(x)
         if reasons:
-            return Prepared(Choice("former", reasons=tuple(reasons)), None, None)
+            attend = projected(attn, source, self.backend, fixed=False) if source.edited else None
+            path: Path = "former" if attend is None else "projected"
+            return Prepared(Choice(path, reasons=tuple(reasons)), attend, None)
         unreadable = weight_refusals(attn)
         sizes = x.shape[1], x.shape[2], attn.heads
         rates = RATES[x.device.type if x.device.type == "cpu" else "cuda", min(4, x.itemsize)]
-        open_paths: list[Path] = ["former", "projected"] if unreadable else ["former", "projected", "absorbed"]
-        if x.device.type == "cpu" and x.dtype != torch.float32:
-            open_paths.remove("projected")  # torch's attention there would round the bias of coalesced keys
-        times = {
-            path: 1e3 * seconds(path, *sizes, keys.counts, context.shape[1], rates, x.itemsize) for path in open_paths
-        }
-        fastest = min(open_paths, key=lambda path: times[path])
-        path: Path = fastest if times[fastest] < MARGIN * times["former"] else "former"
-        choice = Choice(path, keys.counts, sizes, times, tuple(unreadable))
-        if path == "former":
+        paths: list[Path] = ["former", "projected", "absorbed"]
+        times = {path: 1e3 * seconds(path, *sizes, source.keys.counts, source.length, rates, x.itemsize)
+                 for path in paths}  # fmt: skip
+        if unreadable or source.attenuation:
+            del times["absorbed"]
+        fastest = min(times, key=lambda path: times[path])
+        if source.edited:
+            del times["former"]
+            fastest = min(times, key=lambda path: times[path])
+        elif times[fastest] >= MARGIN * times["former"]:
+            fastest = "former"
+        choice = Choice(fastest, source.keys.counts, sizes, times, tuple(unreadable))
+        if fastest == "former":
             return Prepared(choice, None, None)
-        if path == "projected":
-            attend = self._projected(attn, context, keys, fixed=not unreadable)
-            return Prepared(choice, attend, None if unreadable else Weights(attn))
-        return Prepared(choice, self._absorbed(attn, context, keys), Weights(attn))
+        if fastest == "absorbed":
+            return Prepared(choice, absorbed(attn, source, self.backend), Weights(attn))
+        attend = projected(attn, source, self.backend, fixed=not unreadable)
+        return Prepared(choice, attend, None if unreadable else Weights(attn))
 
     def _without_kernels(self, x: torch.Tensor) -> list[str]:
         """Why nothing faster than the layer's own processor is here for tensors like `x`; empty if there is."""
@@ -162,64 +209,7 @@ class Acceleration:
             return [f"{backend} is not faster than torch on {x.device}"]
         return backends.refusals(backend, x.device, x.dtype, "absorbed_attention")
 
-    def _projected(self, attn: Any, context: torch.Tensor, keys: Keys, *, fixed: bool) -> Attend:
-        """to_q, attention over the keys that are left, to_out; K and V are kept where the weights are `fixed`."""
-        reference = weakref.ref(context)
 
-        def project() -> list[torch.Tensor]:
-            tensor = reference()
-            assert tensor is not None, "a context that died was attended to"
-            rows = keys.rows(tensor)
-            return [split_heads(projection(rows), attn.heads) for projection in (attn.to_k, attn.to_v)]
-
-        kept = project() if fixed else None
-
-        def attend(x: torch.Tensor) -> torch.Tensor:
-            k, v = kept or project()
-            q = split_heads(attn.to_q(x), attn.heads)
-            heads = ops.biased_attention(q, k, v, keys.bias, attn.scale, backend=self.backend)
-            out: torch.Tensor = attn.to_out[0](heads.transpose(1, 2).flatten(2))
-            return out
-
-        return attend
-
-    def _absorbed(self, attn: Any, context: torch.Tensor, keys: Keys) -> Attend:
-        """One operator in place of the layer."""
-        rows = keys.rows(context)
-        k, v = (split_heads(projection(rows), attn.heads) for projection in (attn.to_k, attn.to_v))  # [B, H, n, D]
-        to_q, to_out = attn.to_q, attn.to_out[0]
-        q_weight, o_weight = (module.weight.detach() for module in (to_q, to_out))
-        a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * attn.scale  # [B, H, n, C]
-        vo = v @ o_weight.view(o_weight.shape[0], attn.heads, -1).permute(1, 2, 0)
-        bias = keys.bias
-        if to_q.bias is not None:
-            shift = (k.float() @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * attn.scale
-            bias = bias.unsqueeze(1) + shift  # [B, H, n]
-        if context.device.type == "cpu":
-            return _absorbed_rows(a, bias, vo, to_out.bias, keys.counts)
-        return lambda x: ops.absorbed_attention(x, a, bias, vo, to_out.bias, backend=self.backend)
-
-
-def _absorbed_rows(
-    a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None, counts: tuple[int, ...]
-) -> Attend:
-    """On the CPU every sequence is as wide as its own keys, up to a multiple of 8 over all heads."""
-    heads, parts = a.shape[1], []
-    step = 8 // math.gcd(heads, 8)
-    for b, left in enumerate(counts):
-        width = -(-left // step) * step
-        own = bias[b, ..., :width].reshape(-1, width).contiguous()
-        parts.append((a[b, :, :width].reshape(-1, a.shape[-1]), own, vo[b, :, :width].reshape(-1, a.shape[-1])))
-
-    def attend(x: torch.Tensor) -> torch.Tensor:
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        for b, part in enumerate(parts):
-            cpu.absorb_rows(x[b], *part, out_bias, out[b])
-        return out
-
-    return attend
-
-
-def split_heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """`[B, n, H·D]` as `[B, H, n, D]`."""
-    return rows.view(*rows.shape[:-1], heads, -1).transpose(1, 2)
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often it was written to; None for one made in inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from .acceleration import Acceleration
+from .kv import KVStage
+from .layers import whole_refusals
+from .schedule import UNetHook
 
 PLAIN = (AttnProcessor, AttnProcessor2_0)
 """Processors that compute softmax(q kᵀ) v and nothing else; any other is left in place."""
@@ -30,11 +34,7 @@ class CrossAttentionProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out: torch.Tensor | None = None
-        if self.acceleration is not None and not torch.compiler.is_compiling() and attention_mask is None:
-            context = _constant(hidden_states, encoder_hidden_states)
-            if context is not None:
-                out = self.acceleration.attend(self.name, attn, hidden_states, context)
+        out = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask)
         if out is None:
             return self.former(  # type: ignore[no-any-return]
                 attn,
@@ -46,6 +46,36 @@ class CrossAttentionProcessor:
         out = out + hidden_states if attn.residual_connection else out
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
+    def _attend(
+        self, attn: Attention, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The layer's output before its residual; None where the former processor is to compute it."""
+        acceleration = self.acceleration
+        if acceleration is None or not isinstance(context, torch.Tensor):
+            return None
+        if acceleration.stage is not None:
+            edited: torch.Tensor | None = self._edit(acceleration, acceleration.stage, attn, x, context, mask)
+            return edited
+        if torch.compiler.is_compiling() or mask is not None or not _constant(x, context):
+            return None
+        return acceleration.attend(self.name, attn, x, context, keep=True)
+
+    # Which rows are edited how is found in the values of the context, which a traced graph does not look at.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _edit(
+        self,
+        acceleration: Acceleration,
+        stage: KVStage,
+        attn: Attention,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        if mask is not None:
+            stage.unknown(f"{self.name} was called with an attention mask, beside which nothing is edited")
+            return None
+        return acceleration.attend(self.name, attn, x, context, keep=_constant(x, context))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied UNet is not patched: it gets a copy of the processor that was there before."""
         return copy.deepcopy(self.former, memo)
@@ -55,11 +85,10 @@ class CrossAttentionProcessor:
         return copy.copy, (self.former,)
 
 
-def _constant(x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor | None:
-    """The context of a call that can use what is kept: plain tensors whose changes are counted, no gradients."""
-    usable = (
-        isinstance(context, torch.Tensor)
-        and context is not x
+def _constant(x: torch.Tensor, context: torch.Tensor) -> bool:
+    """Whether what is made of the context may be kept: plain tensors whose changes are counted, no gradients."""
+    return (
+        context is not x
         and x.dim() == context.dim() == 3
         and x.dtype == context.dtype
         and x.device == context.device
@@ -71,15 +100,15 @@ def _constant(x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor | N
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
     )
-    return context if usable else None
 
 
 class Sites:
     """The cross-attention layers of a UNet that memkern's processor was put into."""
 
-    def __init__(self, unet: Any, acceleration: Acceleration) -> None:
+    def __init__(self, unet: Any, acceleration: Acceleration, scheduler: Callable[[], Any] = lambda: None) -> None:
         self.unet = unet
         self._placed: list[tuple[Any, CrossAttentionProcessor, Any]] = []
+        self._handle: Any = None
         self.left: dict[str, str] = {}
         for name, attn in cross_attention_layers(unet):
             former = attn.processor
@@ -89,6 +118,14 @@ class Sites:
                 self._placed.append((attn, processor, former))
             else:
                 self.left[name] = type(former).__name__
+        if self._placed and acceleration.stage is not None:
+            hook = UNetHook(acceleration, scheduler)
+            self._handle = unwrapped(unet).register_forward_pre_hook(hook, with_kwargs=True)
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the UNet tells at which step it is."""
+        return self._handle is not None
 
     @property
     def count(self) -> int:
@@ -108,6 +145,32 @@ class Sites:
             if attn.processor is processor:
                 attn.set_processor(former)
         self._placed = []
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def unwrapped(unet: Any) -> Any:
+    """The module itself, where `torch.compile` wrapped it."""
+    return getattr(unet, "_orig_mod", unet)
+
+
+def kv_refusals(unet: Any) -> list[str]:
+    """Why keys and values of this UNet's layers cannot be edited; empty if they can."""
+    layers = cross_attention_layers(unet)
+    if not layers:
+        return ["it has no UNet with cross-attention layers"]
+    reasons: dict[str, list[str]] = {}
+    for name, attn in layers:
+        former = getattr(attn.processor, "former", attn.processor)
+        found = whole_refusals(attn)
+        if type(former) not in PLAIN:
+            found.append(f"it has a {type(former).__name__}, which may compute more than attention")
+        for reason in found:
+            reasons.setdefault(reason, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}" for reason, names in reasons.items()
+    ]
 
 
 def cross_attention_layers(unet: Any) -> list[tuple[str, Any]]:
@@ -116,6 +179,6 @@ def cross_attention_layers(unet: Any) -> list[tuple[str, Any]]:
         return []
     return [
         (name, module)
-        for name, module in unet.named_modules()
+        for name, module in unwrapped(unet).named_modules()
         if isinstance(module, Attention) and name.endswith("attn2") and "motion_modules" not in name
     ]

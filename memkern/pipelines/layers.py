@@ -19,21 +19,22 @@ Path = Literal["absorbed", "projected", "former"]
 @dataclass(frozen=True)
 class Rates:
     """What a device does per second, in relation: multiply-adds of matrix products and of attention between
-    heads, elements of a softmax, bytes moved.
+    heads, by memkern's operator and by torch's, elements of a softmax, bytes moved.
     """
 
     products: float
     attention: float
+    former_attention: float
     softmax: float
     bytes: float
 
 
 # The CPU's were measured on two cores with AVX-512, the GPU's are published for an A100.
 RATES = {
-    ("cpu", 4): Rates(1e11, 4e10, 3e9, 2e10),
-    ("cpu", 2): Rates(1.55e11, 6e10, 2e9, 2e10),
-    ("cuda", 4): Rates(9e12, 5e12, 1e12, 1.5e12),
-    ("cuda", 2): Rates(1.2e14, 4e13, 1e12, 1.5e12),
+    ("cpu", 4): Rates(1e11, 8e10, 4.5e10, 2e9, 2e10),
+    ("cpu", 2): Rates(2e11, 8e10, 4.5e10, 2e9, 2e10),
+    ("cuda", 4): Rates(9e12, 5e12, 5e12, 1e12, 1.5e12),
+    ("cuda", 2): Rates(1.2e14, 4e13, 4e13, 1e12, 1.5e12),
 }
 
 MARGIN = 0.97
@@ -57,7 +58,8 @@ def seconds(path: Path, queries: int, width: int, heads: int, keys: Sequence[int
             work = 2 * values * heads * n / rates.products
             moved = 2.0 * (values + heads * n * width)
         else:
-            work = 2 * values * width / rates.products + 2 * values * n / rates.attention
+            attention = rates.former_attention if path == "former" else rates.attention
+            work = 2 * values * width / rates.products + 2 * values * n / attention
             moved = 6.0 * values + 2 * n * width + 2 * width * width / len(keys)
         total += work + queries * heads * n / rates.softmax + moved * itemsize / rates.bytes
     return total
@@ -70,6 +72,8 @@ def whole_refusals(attn: Any) -> list[str]:
         for name in ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj")
         if getattr(attn, name, None)
     ]
+    if attn.inner_kv_dim != attn.inner_dim:
+        reasons.append("its keys and values have fewer heads")
     if getattr(attn, "fused_projections", False):
         reasons.append("its projections are fused")
     if len(attn.to_out) > 1 and attn.training and getattr(attn.to_out[1], "p", 0) > 0:
@@ -85,7 +89,7 @@ def weight_refusals(attn: Any) -> list[str]:
             reasons.append(f"{name} is a {type(module).__name__}")
         elif (
             module._forward_hooks
-            or module._forward_pre_hooks
+            or not all(getattr(hook, "reads_only", False) for hook in module._forward_pre_hooks.values())
             or "forward" in vars(module)
             or hasattr(module, "_hf_hook")
             or hasattr(module, "_diffusers_hook")

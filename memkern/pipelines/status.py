@@ -16,7 +16,7 @@ from . import support
 from .encoding import Encoded
 
 if TYPE_CHECKING:
-    from .patching import Patch
+    from .instance import Patch
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Status:
             policy=policy,
             sites=(
                 f"{type(pipe.text_encoder).__name__} embeddings: pad swap",
-                f"{type(pipe).__name__}.encode_prompt: edits of embeddings",
+                f"{type(pipe).__name__}.encode_prompt: {'edits of embeddings' if patch.stage == 'embeds' else 'roles'}",
                 *_unet_site(patch),
             ),
             backend=_describe_backend(patch.backend),
@@ -86,7 +86,9 @@ class Status:
             prompts=tuple(
                 row
                 for branch, encoded in patch.prompts.items()
-                for row in describe(encoded, policy, branch, support.vocabulary(pipe).context_length)
+                for row in describe(
+                    encoded, policy, branch, support.vocabulary(pipe).context_length, patch.prompts.get("cond")
+                )
             ),
         )
 
@@ -105,9 +107,14 @@ class Status:
         return "\n".join(lines)
 
 
-def describe(encoded: Encoded, policy: Policy, branch: Branch, context_length: int) -> list[PromptStatus]:
-    """What `policy` does to each row of one text-encoder call."""
-    plan = lower(policy, encoded.roles, branch, context_length=context_length)
+def describe(
+    encoded: Encoded, policy: Policy, branch: Branch, context_length: int, cond: Encoded | None = None
+) -> list[PromptStatus]:
+    """What `policy` does to each row of one text-encoder call; `cond` are the prompts that it is paired with."""
+    paired = None if cond is None else cond.roles
+    if paired is None and any(edit.roles_of == "cond" for edit in policy.edits_on(branch)):
+        policy = Policy()
+    plan = lower(policy, encoded.roles, branch, cond_roles=paired, context_length=context_length)
     return [
         PromptStatus(branch, {role: int((roles == role).sum()) for role in Role}, edited, int(reembedded.sum()))
         for roles, edited, reembedded in zip(
@@ -129,14 +136,16 @@ def _unet_site(patch: Patch) -> list[str]:
     sites = patch.sites
     if sites is None or not sites.count:
         return []
-    return [f"{type(sites.unet).__name__}: {sites.count} cross-attention layers, computed by memkern where faster"]
+    edits = "edits of keys and values; " if patch.stage == "kv" else ""
+    faster = "computed by memkern where faster" if patch.accelerate else "computed by memkern where edited"
+    return [f"{type(sites.unet).__name__}: {sites.count} cross-attention layers, {edits}{faster}"]
 
 
 def _notes(patch: Patch) -> tuple[str, ...]:
     notes = []
     if patch.replaced_by is not None:
         notes.append(f"encode_prompt was wrapped or replaced since, by {patch.replaced_by!r}")
-    reembed_id = support.reembed_id(patch.pipe, patch.policy)
+    reembed_id = support.token_id(patch.pipe, patch.policy, patch.policy.reembed_pads)
     if reembed_id is not None and reembed_id == support.vocabulary(patch.pipe).pad_token_id:
         notes.append(f"the tokenizer pads with {patch.policy.reembed_pads!r} already: no pad is re-embedded")
     sites = patch.sites

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
+from ..ledger import Stage
 from ..policy import Policy
 from .encoding import Vocabulary
 from .text_encoder import clip_embeddings
@@ -69,16 +70,34 @@ def vocabulary(pipe: Any) -> Vocabulary:
     return Vocabulary(tokenizer.eos_token_id, tokenizer.pad_token_id, positions)
 
 
-def reembed_id(pipe: Any, policy: Policy) -> int | None:
-    """The id of the token that `policy` pads with; None if it leaves the padding alone."""
-    if policy.reembed_pads is None:
+def token_id(pipe: Any, policy: Policy, token: str | None) -> int | None:
+    """The id of a token that `policy` pads with; None for none, which leaves the padding alone."""
+    if token is None:
         return None
-    token_id = pipe.tokenizer.convert_tokens_to_ids(policy.reembed_pads)
-    if token_id is None or (
-        token_id == pipe.tokenizer.unk_token_id and policy.reembed_pads != pipe.tokenizer.unk_token
-    ):
+    found = pipe.tokenizer.convert_tokens_to_ids(token)
+    if found is None or (found == pipe.tokenizer.unk_token_id and token != pipe.tokenizer.unk_token):
         raise ValueError(
-            f"policy '{policy}': the tokenizer has no token {policy.reembed_pads!r} to pad with; "
-            f"it has {len(pipe.tokenizer)} tokens"
+            f"policy '{policy}': the tokenizer has no token {token!r} to pad with; it has {len(pipe.tokenizer)} tokens"
         )
-    return int(token_id)
+    return int(found)
+
+
+def stage(policy: Policy, asked: str) -> Stage:
+    """Where `policy` is applied: on the embeddings if that can express it, unless asked otherwise."""
+    reasons = policy.kv_reasons()
+    if asked == "auto":
+        return "kv" if reasons else "embeds"
+    if asked == "embeds" and reasons:
+        raise ValueError(f"stage: policy '{policy}' needs the kv stage, not 'embeds': {'; '.join(reasons)}")
+    if asked not in ("embeds", "kv"):
+        raise ValueError(f"stage: expected 'auto', 'embeds' or 'kv', got {asked!r}")
+    return "kv" if asked == "kv" else "embeds"
+
+
+def require_kv(pipe: object, policy: Policy, reasons: list[str]) -> None:
+    """Raise ValueError with the `reasons` why keys and values of the pipeline's UNet cannot be edited."""
+    if reasons:
+        raise ValueError(
+            f"policy '{policy}' edits keys and values, and those of this {type(pipe).__name__} cannot be: "
+            f"{'; '.join(reasons)}. A policy that edits embeddings, such as 'zero-pad:0.7', needs no UNet"
+        )

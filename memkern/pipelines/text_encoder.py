@@ -14,7 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 from . import encoding
 
 if TYPE_CHECKING:
-    from .patching import Patch
+    from .instance import Patch
 
 
 def clip_embeddings(text_encoder: object) -> CLIPTextEmbeddings | None:

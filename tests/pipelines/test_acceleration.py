@@ -9,9 +9,10 @@ import weakref
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 import memkern
-from memkern.ops import backends
+from memkern.ops import backends, cpu
 from memkern.pipelines.acceleration import Acceleration
 from memkern.pipelines.cross_attention import CrossAttentionProcessor, Sites, cross_attention_layers
 from memkern.testing import tiny_pipeline
@@ -89,17 +90,42 @@ def test_every_path_is_the_same_function(run, context, monkeypatch, path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("path", ["absorbed", "projected"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision(run, context, dtype, monkeypatch):
-    force(monkeypatch, "absorbed")
+def test_half_precision(run, context, dtype, path, monkeypatch):
+    force(monkeypatch, path)
     exact = run.expected(context)
     run.unet.to(dtype)
     plain, half, run.sample = copy.deepcopy(run.unet), context.to(dtype), run.sample.to(dtype)
     theirs = (plain(run.sample, 7, half).sample.float() - exact).abs().max()
     run(half)
     ours = (run(half).float() - exact).abs().max()
-    assert run.paths == {"absorbed"}
+    assert run.paths == {path}
     assert ours <= 1.5 * theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["absorbed", "projected"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [320, 640, 1280])
+@pytest.mark.parametrize("reordered", [True, False])
+def test_error_of_a_layer_of_sd15(width, dtype, path, reordered, monkeypatch):
+    """At most 1.5 times that of the layer's own processor, against float64; weights reordered or as they are."""
+    force(monkeypatch, path)
+    if not reordered:
+        monkeypatch.setattr(cpu, "_serves", lambda dtype: False)
+    torch.manual_seed(0)
+    exact = Attention(width, 768, heads=8, dim_head=width // 8, processor=AttnProcessor2_0()).double()
+    x, context = torch.randn(2, 192, width).double(), torch.randn(2, 77, 768).double()
+    context[1, 12:] = 0
+    layer = copy.deepcopy(exact).to(dtype)
+    exact.load_state_dict(layer.state_dict())
+    x, context = x.to(dtype), context.to(dtype)
+    expected = exact(x.double(), encoder_hidden_states=context.double())
+    theirs = (layer(x, encoder_hidden_states=context) - expected).abs().max()
+    layer.set_processor(CrossAttentionProcessor(None, Acceleration("auto")))
+    layer(x, encoder_hidden_states=context)
+    assert (layer(x, encoder_hidden_states=context) - expected).abs().max() <= 1.5 * theirs
 
 
 @torch.no_grad()

@@ -97,7 +97,12 @@ def test_update_is_live_and_checked_first(sd1):
     patch.update("zero-pad:0.7")
     zeroed = context_of(sd1, "a cat")
     assert not torch.equal(swapped, zeroed)
-    for wrong in ({"policy": "nonsense"}, {"policy": "ren:1.25"}, {"backend": "metal"}, {"on_unknown": "shrug"}):
+    for wrong in (
+        {"policy": "nonsense"},
+        {"policy": "ren:1.25", "stage": "embeds"},
+        {"backend": "metal"},
+        {"on_unknown": "shrug"},
+    ):
         with pytest.raises((ValueError, NotImplementedError)):
             patch.update(**wrong)
         assert torch.equal(context_of(sd1, "a cat"), zeroed)

@@ -12,7 +12,7 @@ import memkern
 from memkern.pipelines.text_encoder import clip_embeddings
 
 
-@pytest.mark.parametrize("thing", [None, 3, "a model", torch.nn.Linear(1, 1), object()], ids=str)
+@pytest.mark.parametrize("thing", [None, 3, "a model", torch.nn.Linear(1, 1), object()], ids=lambda x: type(x).__name__)
 def test_not_a_pipeline(thing):
     with pytest.raises(TypeError, match=f"pipe: expected a diffusers pipeline, got {type(thing).__name__}"):
         memkern.patch(thing)
@@ -54,11 +54,7 @@ def test_two_text_encoders(sd1):
         ({"policy": "zero-everything"}, ValueError, "unknown preset 'zero-everything'; the presets are"),
         ({"policy": 0.7}, TypeError, "policy: expected a Policy or a preset's name, got float"),
         ({"policy": "zero-pad:1.5"}, ValueError, r"r must be in \[0, 1\], got 1.5"),
-        (
-            {"policy": "ren:1.25"},
-            NotImplementedError,
-            "needs the attention stage, which this version does not have yet",
-        ),
+        ({"policy": "ren:1.25", "stage": "embeds"}, ValueError, "policy 'ren:1.25' needs the kv stage, not 'embeds'"),
         ({"policy": memkern.Policy(reembed_pads="memorized")}, ValueError, "the tokenizer has no token 'memorized'"),
         ({"backend": "metal"}, ValueError, "there is no backend 'metal'; use one of auto, cpp, cuda, triton, torch"),
         ({"on_unknown": "ignore"}, ValueError, "on_unknown: expected 'raise', 'warn' or 'pass', got 'ignore'"),

@@ -1,0 +1,91 @@
+#include "attention.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string_view>
+
+#include "numeric.h"
+
+// Generic vectors are cut down to what the function's instruction set has before functions are cloned or
+// inlined, so all that uses them is compiled per set, from the same text.
+namespace memkern {
+namespace {
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // passing vectors: everything is inlined
+#define MEMKERN_VECTORS(width, tile)                               \
+  typedef float Floats __attribute__((vector_size(4 * (width))));  \
+  typedef uint32_t Bits __attribute__((vector_size(4 * (width)))); \
+  constexpr int kWidth = width;                                    \
+  constexpr int kTile = tile;
+#else
+#define MEMKERN_VECTORS(width, tile) \
+  using Floats = float;              \
+  using Bits = uint32_t;             \
+  constexpr int kWidth = 1;          \
+  constexpr int kTile = 3;
+#endif
+
+namespace any {
+MEMKERN_VECTORS(4, 3)
+#include "attention_rows.h"
+}  // namespace any
+
+#ifdef MEMKERN_LEVELS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace v3 {
+MEMKERN_VECTORS(8, 3)
+#include "attention_rows.h"
+}  // namespace v3
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace v4 {
+MEMKERN_VECTORS(16, 5)
+#include "attention_rows.h"
+}  // namespace v4
+#pragma GCC pop_options
+
+#endif
+
+struct Kernels {
+  decltype(&any::attend) attend;
+  decltype(&any::softmax_heads) softmax_heads;
+};
+
+// ATEN_CPU_CAPABILITY=default or avx2 holds torch's own kernels to an older set, and these.
+Kernels choose() {
+#ifdef MEMKERN_LEVELS
+  const char* name = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = name == nullptr ? "" : name;
+  if (most != "default" && most != "avx2" && __builtin_cpu_supports("x86-64-v4")) {
+    return {v4::attend, v4::softmax_heads};
+  }
+  if (most != "default" && __builtin_cpu_supports("x86-64-v3")) {
+    return {v3::attend, v3::softmax_heads};
+  }
+#endif
+  return {any::attend, any::softmax_heads};
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+void attend(const Head& head, const float* q, int64_t q_stride, int64_t rows, float* out, int64_t out_stride,
+            float* scratch) {
+  kernels().attend(head, q, q_stride, rows, out, out_stride, scratch);
+}
+
+void softmax_heads(const float* logits, const float* bias, int64_t bias_stride, int64_t heads, int64_t keys,
+                   float* weights, float* out) {
+  kernels().softmax_heads(logits, bias, bias_stride, heads, keys, weights, out);
+}
+
+}  // namespace memkern

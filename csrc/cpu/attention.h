@@ -1,0 +1,35 @@
+// Attention over biased keys in float, a few queries at a time: what is between the products while it is in
+// the first-level cache.
+#pragma once
+
+#include <cstdint>
+
+namespace memkern {
+
+// What rows of keys and of values are padded to, so that no loop over them has a rest: 16 floats.
+constexpr int64_t kPadding = 15;
+inline int64_t padded(int64_t count) { return (count + kPadding) / 16 * 16; }
+
+// A head of one sequence.
+struct Head {
+  int64_t width;      // D
+  int64_t keys;       // up to the last one that is not excluded; with none the output is 0
+  const float* k;     // [D, padded(keys)], the attention's scale included
+  const float* v;     // [keys, padded(D)]
+  const float* bias;  // [padded(keys)]; -inf excludes a key, whatever its logit, and is what pads
+};
+
+// Floats that attend() needs beside its output.
+inline int64_t attention_scratch(const Head& head) { return 4 * (padded(head.keys) + padded(head.width)); }
+
+// softmax(q kᵀ + bias) v of `rows` queries [rows, D] with a row stride, into [rows, D] with another.
+void attend(const Head& head, const float* q, int64_t q_stride, int64_t rows, float* out, int64_t out_stride,
+            float* scratch);
+
+// softmax(logits + bias) per head, of the logits [heads, keys] of one query, into `out` of the same shape;
+// both have room for kPadding more. The bias is as a Head's, for all heads or with a stride per head.
+// `weights` is scratch of padded(keys).
+void softmax_heads(const float* logits, const float* bias, int64_t bias_stride, int64_t heads, int64_t keys,
+                   float* weights, float* out);
+
+}  // namespace memkern
