@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from pairs import compare
 
 from memkern.pipelines.acceleration import Acceleration
-from memkern.pipelines.cross_attention import Sites, cross_attention_layers
+from memkern.pipelines.sites import Sites, cross_attention_layers
 
 
 @functools.lru_cache(maxsize=1)
@@ -45,7 +45,7 @@ def test_unet_step(benchmark, zeroed, dtype, again):
     context[1, 12 : 12 + zeroed] = 0
     attentions = [attn for _, attn in cross_attention_layers(model)]
     formers = {attn: attn.processor for attn in attentions}
-    sites = Sites(model, Acceleration("auto"))
+    sites = Sites({"": model}, Acceleration("auto"))
     ours = {attn: attn.processor for attn in attentions}
 
     def step(processors):

@@ -11,7 +11,7 @@ from . import ops
 from .embeddings import apply_policy
 from .errors import UnmitigatedError, UnmitigatedWarning
 from .info import info
-from .pipelines import Patch, Probe, patch, patched, probe, status, unpatch
+from .pipelines import Patch, Probe, Support, patch, patched, probe, status, support, unpatch
 from .plan import Plan, lower
 from .policy import Edit, Policy
 from .presets import PRESETS
@@ -27,6 +27,7 @@ __all__ = [
     "Policy",
     "Probe",
     "Role",
+    "Support",
     "UnmitigatedError",
     "UnmitigatedWarning",
     "apply_policy",
@@ -37,6 +38,7 @@ __all__ = [
     "patched",
     "probe",
     "status",
+    "support",
     "token_roles",
     "unpatch",
 ]

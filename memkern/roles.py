@@ -80,6 +80,13 @@ def token_roles(
     return roles.reshape(input_ids.shape)
 
 
+def empty_roles(batch: int, context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
+    """uint8 `[batch, context_length]`, the roles of empty prompts: SOT, EOT, and PAD all the rest."""
+    roles = torch.full((batch, context_length), int(Role.PAD), dtype=torch.uint8)
+    roles[:, 0], roles[:, 1] = int(Role.SOT), int(Role.EOT)
+    return roles
+
+
 def check_roles(roles: torch.Tensor, *, name: str = "roles") -> None:
     """Raise unless `roles` is a uint8 `[B, L]` tensor, as `token_roles` makes them."""
     if not isinstance(roles, torch.Tensor):

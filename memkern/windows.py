@@ -59,5 +59,7 @@ def _matches(layer: str, name: str, size: tuple[int, int] | None) -> bool:
     if resolution:
         rows = int(resolution[1])
         return size == (rows, int(resolution[2] or rows))
-    # Transformers 2D blocks call their cross-attention attn2; the name may leave that out.
-    return name.startswith(BLOCKS[layer]) if layer in BLOCKS else layer in (name, name.removesuffix(".attn2"))
+    # Layers of a ControlNet are matched like the UNet's, or by their whole name; "attn2" may be left out.
+    own = name.rpartition(":")[2]
+    names = name, name.removesuffix(".attn2"), own, own.removesuffix(".attn2")
+    return own.startswith(BLOCKS[layer]) if layer in BLOCKS else layer in names

@@ -3,6 +3,20 @@
 from .instance import Patch
 from .patching import patch, patched, status, unpatch
 from .probe import Probe, probe
+from .report import Support
+from .report import report as support
 from .status import PromptStatus, Status
 
-__all__ = ["Patch", "Probe", "PromptStatus", "Status", "patch", "patched", "probe", "status", "unpatch"]
+__all__ = [
+    "Patch",
+    "Probe",
+    "PromptStatus",
+    "Status",
+    "Support",
+    "patch",
+    "patched",
+    "probe",
+    "status",
+    "support",
+    "unpatch",
+]

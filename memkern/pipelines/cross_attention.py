@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 
 from .acceleration import Acceleration
 from .kv import KVStage
-from .layers import whole_refusals
-from .schedule import UNetHook
 
 PLAIN = (AttnProcessor, AttnProcessor2_0)
 """Processors that compute softmax(q kᵀ) v and nothing else; any other is left in place."""
@@ -100,85 +97,3 @@ def _constant(x: torch.Tensor, context: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
     )
-
-
-class Sites:
-    """The cross-attention layers of a UNet that memkern's processor was put into."""
-
-    def __init__(self, unet: Any, acceleration: Acceleration, scheduler: Callable[[], Any] = lambda: None) -> None:
-        self.unet = unet
-        self._placed: list[tuple[Any, CrossAttentionProcessor, Any]] = []
-        self._handle: Any = None
-        self.left: dict[str, str] = {}
-        for name, attn in cross_attention_layers(unet):
-            former = attn.processor
-            if type(former) in PLAIN:
-                processor = CrossAttentionProcessor(former, acceleration, name)
-                attn.set_processor(processor)
-                self._placed.append((attn, processor, former))
-            else:
-                self.left[name] = type(former).__name__
-        if self._placed and acceleration.stage is not None:
-            hook = UNetHook(acceleration, scheduler)
-            self._handle = unwrapped(unet).register_forward_pre_hook(hook, with_kwargs=True)
-
-    @property
-    def in_steps(self) -> bool:
-        """Whether the UNet tells at which step it is."""
-        return self._handle is not None
-
-    @property
-    def count(self) -> int:
-        """How many are still in place."""
-        return sum(attn.processor is processor for attn, processor, _ in self._placed)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all that were placed still are, and no layer has become one that could take one."""
-        return self.count == len(self._placed) and not any(
-            type(attn.processor) in PLAIN for _, attn in cross_attention_layers(self.unet)
-        )
-
-    def remove(self) -> None:
-        """Put back the very processors that were there, where ours still is."""
-        for attn, processor, former in self._placed:
-            if attn.processor is processor:
-                attn.set_processor(former)
-        self._placed = []
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-
-def unwrapped(unet: Any) -> Any:
-    """The module itself, where `torch.compile` wrapped it."""
-    return getattr(unet, "_orig_mod", unet)
-
-
-def kv_refusals(unet: Any) -> list[str]:
-    """Why keys and values of this UNet's layers cannot be edited; empty if they can."""
-    layers = cross_attention_layers(unet)
-    if not layers:
-        return ["it has no UNet with cross-attention layers"]
-    reasons: dict[str, list[str]] = {}
-    for name, attn in layers:
-        former = getattr(attn.processor, "former", attn.processor)
-        found = whole_refusals(attn)
-        if type(former) not in PLAIN:
-            found.append(f"it has a {type(former).__name__}, which may compute more than attention")
-        for reason in found:
-            reasons.setdefault(reason, []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}" for reason, names in reasons.items()
-    ]
-
-
-def cross_attention_layers(unet: Any) -> list[tuple[str, Any]]:
-    """The layers that read the context, by dotted name; motion modules read none."""
-    if not isinstance(unet, torch.nn.Module):
-        return []
-    return [
-        (name, module)
-        for name, module in unwrapped(unet).named_modules()
-        if isinstance(module, Attention) and name.endswith("attn2") and "motion_modules" not in name
-    ]

@@ -11,15 +11,7 @@ from typing import Any
 import torch
 
 from ..roles import padding_positions, token_roles
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids that matter, read from the tokenizer (a model's config may still carry CLIP's old, wrong ones)."""
-
-    eos_token_id: int
-    pad_token_id: int
-    context_length: int
+from .slots import Slot, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -27,34 +19,42 @@ class Encoded:
     """What one text-encoder call encoded.
 
     Attributes:
+        slot: which encoder's.
         roles: uint8 `[B, L]` on the host.
         reembedded: bool `[B, L]`, the positions whose id was swapped.
     """
 
+    slot: Slot
     roles: torch.Tensor
     reembedded: torch.Tensor
 
 
 @dataclass
 class Encoding:
-    """Collects what a tokenizer and a text encoder do; `owner` is the patch that is encoding."""
+    """Collects what the tokenizers and text encoders do.
+
+    Attributes:
+        owner: the patch that is encoding.
+        words: the vocabulary of each encoder, and the id that its pads are swapped for, if they are.
+        tokenized: ids and attention masks, as the tokenizers made them.
+        calls: what was encoded, in order.
+    """
 
     owner: object
-    vocabulary: Vocabulary
-    reembed_id: int | None
+    words: dict[Slot, tuple[Vocabulary, int | None]]
     tokenized: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     calls: list[Encoded] = field(default_factory=list)
 
-    def observe(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def observe(self, slot: Slot, input_ids: torch.Tensor) -> torch.Tensor:
         """Record a call and return the ids to embed: `input_ids` `[…, L]`, its padding swapped where it is to be.
 
         This copies the ids to the host: one sync per text-encoder call, none in the denoising loop.
         """
         ids = input_ids.detach().reshape(-1, input_ids.shape[-1]).to("cpu", torch.int64)
-        words = self.vocabulary
+        words, pad_with = self.words[slot]
         roles = token_roles(ids, eos_token_id=words.eos_token_id, context_length=words.context_length)
-        if self.reembed_id is None or self.reembed_id == words.pad_token_id:
-            self.calls.append(Encoded(roles, torch.zeros_like(roles, dtype=torch.bool)))
+        if pad_with is None or pad_with == words.pad_token_id:
+            self.calls.append(Encoded(slot, roles, torch.zeros_like(roles, dtype=torch.bool)))
             return input_ids
         padding = padding_positions(
             ids,
@@ -64,8 +64,8 @@ class Encoding:
             attention_mask=self._attention_mask(ids),
             context_length=words.context_length,
         )
-        self.calls.append(Encoded(roles, padding))
-        return input_ids.masked_fill(padding.reshape(input_ids.shape).to(input_ids.device), self.reembed_id)
+        self.calls.append(Encoded(slot, roles, padding))
+        return input_ids.masked_fill(padding.reshape(input_ids.shape).to(input_ids.device), pad_with)
 
     def _attention_mask(self, ids: torch.Tensor) -> torch.Tensor | None:
         """The tokenizer's mask of exactly these ids, from its last call that made them."""

@@ -19,35 +19,34 @@ from typing import Any, Literal
 
 import torch
 
-from ..embeddings import edit_embeddings
 from ..errors import UnmitigatedError, UnmitigatedWarning
-from ..ledger import Edited, recall_edited, remember_edited
 from ..ops import backends
 from ..policy import BRANCHES, REEMBEDDED_AS, Bank, Branch, Policy
-from ..roles import Role
 from ..windows import check_layers
-from . import encoding, support
+from . import encoding, layout, supported
 from .acceleration import Acceleration
-from .cross_attention import Sites, cross_attention_layers, kv_refusals
+from .edits import edit_outputs, edit_rows
 from .encoding import Encoded, Encoding, ObservedTokenizer
 from .kv import KVStage
 from .rows import Encodings
+from .sites import Sites, kv_refusals, layers_of, roots
+from .slots import Slot, clip_embeddings, slots
 from .status import Status
-from .text_encoder import PadSwapHook, clip_embeddings
+from .text_encoder import PadSwapHook
 
 OnUnknown = Literal["raise", "warn", "pass"]
 StageChoice = Literal["auto", "embeds", "kv"]
 
 
 class EncodePrompt:
-    """Takes the place of a pipeline's bound `encode_prompt`; `patch` is the `Patch` it belongs to."""
+    """Takes the place of a pipeline's bound method that encodes prompts; `patch` is the `Patch` it belongs to."""
 
     def __init__(self, patch: Patch, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
         self.patch = patch
         self.original = original
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(self.original).bind(*args, **kwargs)
         call.apply_defaults()
         self.patch.begin()
@@ -57,7 +56,7 @@ class EncodePrompt:
                 reembedded = self.original(*args, **kwargs)
         with self.patch.observing(self.patch.policy.reembed_pads) as seen:
             outputs = self.original(*args, **kwargs)
-        return self.patch.edit(call.arguments, seen.calls, outputs, reembedded)
+        return edit_outputs(self.patch, call.arguments, seen.calls, outputs, reembedded)
 
 
 class Patch:
@@ -71,66 +70,71 @@ class Patch:
         accelerate: whether the UNet's cross-attention layers are computed by memkern where that is faster.
         asked_stage: "auto", "embeds" or "kv", as asked for.
         stage: where the policy is applied: "embeds" or "kv".
+        controlnet: whether a ControlNet's cross-attention is treated as the UNet's is.
         acceleration: what is kept of contexts.
         prompts: what was encoded last under what is in force now, by branch.
         encodings: the embeddings of those, where the kv stage or a probe is to recognise them.
         prompt_number: counts the prompts.
     """
 
-    def __init__(
-        self, pipe: Any, policy: Policy, backend: str, on_unknown: OnUnknown, accelerate: bool, stage: StageChoice
-    ) -> None:
+    def __init__(self, pipe: Any, policy: Policy, **settings: Any) -> None:
         self.pipe = pipe
-        self.acceleration = Acceleration(backend)
+        self.acceleration = Acceleration(settings["backend"])
         self.sites: Sites | None = None
         self.encodings: dict[Branch, Encodings] = {}
         self.prompt_number = 0
         self._watchers = 0
-        self._set(policy, backend, on_unknown, accelerate, stage)
-        self._own_encode_prompt = vars(pipe).get("encode_prompt")
-        self._encode_prompt = EncodePrompt(self, pipe.encode_prompt)
-        self._hooked: Any = None
-        self._handle: Any = None
+        self._set(policy, **settings)
+        self._method = layout.method(pipe)
+        self._own_encode_prompt = vars(pipe).get(self._method)
+        self._encode_prompt = EncodePrompt(self, getattr(pipe, self._method))
+        self._hooks: dict[Slot, tuple[Any, Any]] = {}
 
     def install(self) -> None:
         """Put all sites in place; if one fails, none stays."""
-        self._hook()
         try:
-            self.pipe.encode_prompt = self._encode_prompt
+            self._hook()
+            setattr(self.pipe, self._method, self._encode_prompt)
             self._accelerate()
         except BaseException:
-            vars(self.pipe).pop("encode_prompt", None)
-            self._handle.remove()
+            vars(self.pipe).pop(self._method, None)
+            self._unhook()
             raise
 
     def _hook(self) -> None:
-        """Put the hook on the embedding layer that the pipeline has now."""
-        embeddings = support.embeddings_of(self.pipe)
-        if embeddings is not self._hooked:
-            handle = embeddings.register_forward_pre_hook(PadSwapHook(self), with_kwargs=True)
-            if self._handle is not None:
-                self._handle.remove()
-            self._hooked, self._handle = embeddings, handle
+        """Put hooks on the embedding layers that the pipeline has now."""
+        wanted = {slot: slot.embeddings(self.pipe) for slot in slots(self.pipe)}
+        if {slot: module for slot, (module, _) in self._hooks.items()} != wanted:
+            self._unhook()
+            for slot, module in wanted.items():
+                hook = PadSwapHook(self, slot)
+                self._hooks[slot] = module, module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _unhook(self) -> None:
+        for _, handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
 
     def _accelerate(self) -> None:
         """Put the processors into the UNet that the pipeline has now, or take them out."""
-        unet = getattr(self.pipe, "unet", None)
+        found = roots(self.pipe, controlnet=self.controlnet)
         wanted = self.accelerate or self.stage == "kv"
         self.acceleration.clear()
-        if self.sites is not None and not (
-            wanted and self.sites.unet is unet and self.sites.complete and self.sites.in_steps == (self.stage == "kv")
+        sites = self.sites
+        if sites is not None and not (
+            wanted and sites.roots == found and sites.complete and sites.in_steps == (self.stage == "kv")
         ):
-            self.sites.remove()
+            sites.remove()
             self.sites = None
         if wanted and self.sites is None:
-            self.sites = Sites(unet, self.acceleration, lambda: self.pipe.scheduler)
+            self.sites = Sites(found, self.acceleration, lambda: self.pipe.scheduler)
 
     @property
     def lost(self) -> str | None:
         """What keeps the kv stage from reaching every layer by now; None where nothing does."""
         if self.stage == "kv" and self.sites is not None:
-            if getattr(self.pipe, "unet", None) is not self.sites.unet:
-                return "the pipeline's UNet was exchanged"
+            if roots(self.pipe, controlnet=self.controlnet) != self.sites.roots:
+                return "the pipeline's UNet or ControlNet was exchanged"
             if not self.sites.complete:
                 return "processors of the UNet were replaced"
         return None
@@ -151,7 +155,7 @@ class Patch:
     @property
     def replaced_by(self) -> object | None:
         """What stands in place of memkern's `encode_prompt`, if something else was put there since."""
-        current = vars(self.pipe).get("encode_prompt")
+        current = vars(self.pipe).get(self._method)
         return None if current is self._encode_prompt else current
 
     def remove(self) -> None:
@@ -164,13 +168,13 @@ class Patch:
             return
         if self.replaced_by is not None:
             raise RuntimeError(
-                f"unpatch: {self.replaced_by!r} was put in place of memkern's pipe.encode_prompt; undo that first"
+                f"unpatch: {self.replaced_by!r} was put in place of memkern's pipe.{self._method}; undo that first"
             )
         if self._own_encode_prompt is None:
-            del self.pipe.encode_prompt
+            delattr(self.pipe, self._method)
         else:
-            self.pipe.encode_prompt = self._own_encode_prompt
-        self._handle.remove()
+            setattr(self.pipe, self._method, self._own_encode_prompt)
+        self._unhook()
         self.acceleration.clear()
         if self.sites is not None:
             self.sites.remove()
@@ -183,6 +187,7 @@ class Patch:
         on_unknown: OnUnknown | None = None,
         accelerate: bool | None = None,
         stage: StageChoice | None = None,
+        controlnet: bool | None = None,
     ) -> None:
         """Change what is in force, live; what is not named stays. Checked as in `patch` before it takes effect.
 
@@ -193,36 +198,59 @@ class Patch:
         """
         if not self.installed:
             raise RuntimeError("update: this patch was removed; call memkern.patch(pipe) again")
-        self._set(
-            self.policy if policy is None else Policy.of(policy),
-            self.backend if backend is None else backend,
-            self.on_unknown if on_unknown is None else on_unknown,
-            self.accelerate if accelerate is None else accelerate,
-            self.asked_stage if stage is None else stage,
-        )
+        changes = {
+            "backend": backend,
+            "on_unknown": on_unknown,
+            "accelerate": accelerate,
+            "stage": stage,
+            "controlnet": controlnet,
+        }
+        settings = self.settings | {name: value for name, value in changes.items() if value is not None}
+        settings["policy"] = self.policy if policy is None else Policy.of(policy)
+        self._set(**settings)
         self._hook()
         self._accelerate()
 
     def _set(
-        self, policy: Policy, backend: str, on_unknown: OnUnknown, accelerate: bool, asked_stage: StageChoice
+        self,
+        policy: Policy,
+        *,
+        backend: str,
+        on_unknown: OnUnknown,
+        accelerate: bool,
+        stage: StageChoice,
+        controlnet: bool,
     ) -> None:
+        asked_stage = stage
         if on_unknown not in ("raise", "warn", "pass"):
             raise ValueError(f"on_unknown: expected 'raise', 'warn' or 'pass', got {on_unknown!r}")
         backends.require_installed(backend)
-        support.token_id(self.pipe, policy, policy.reembed_pads)
-        stage = support.stage(policy, asked_stage)
-        unet = getattr(self.pipe, "unet", None)
+        for slot in slots(self.pipe):
+            slot.token_id(self.pipe, policy, policy.reembed_pads)
+        stage = supported.stage(policy, asked_stage)
         if stage == "kv":
-            support.require_kv(self.pipe, policy, kv_refusals(unet))
-            check_layers(policy, [name for name, _ in cross_attention_layers(unet)])
+            found = roots(self.pipe, controlnet=controlnet)
+            supported.require_kv(self.pipe, policy, kv_refusals(found))
+            check_layers(policy, [name for name, _ in layers_of(found)])
         self.policy, self.backend, self.on_unknown, self.accelerate = policy, backend, on_unknown, accelerate
+        self.controlnet = controlnet
         self.asked_stage, self.stage = asked_stage, stage
-        self.prompts: dict[Branch, Encoded] = {}
+        self.prompts: dict[Branch, tuple[Encoded, ...]] = {}
         self.encodings.clear()
-        length = support.vocabulary(self.pipe).context_length
+        length = self.context_length
         self.acceleration.backend, self.acceleration.enabled = backend, accelerate
         self.acceleration.stage = KVStage(policy, self.encodings, self.unknown, length) if stage == "kv" else None
         self.watching = self.acceleration.stage or KVStage(Policy(), self.encodings, self.unknown, length)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether someone wants to know whose rows the UNet has."""
+        return self._watchers > 0
+
+    @property
+    def context_length(self) -> int:
+        """Tokens in a window."""
+        return slots(self.pipe)[0].vocabulary(self.pipe).context_length
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -233,6 +261,7 @@ class Patch:
             "on_unknown": self.on_unknown,
             "accelerate": self.accelerate,
             "stage": self.asked_stage,
+            "controlnet": self.controlnet,
         }
 
     def status(self) -> Status:
@@ -254,17 +283,17 @@ class Patch:
     def observing(self, pad_with: str | None) -> Iterator[Encoding]:
         """See every text-encoder call inside, its pads swapped for `pad_with`, and the tokenizer's masks."""
         self.prompts = {}
-        pad_id = support.token_id(self.pipe, self.policy, pad_with)
-        seen = Encoding(self, support.vocabulary(self.pipe), pad_id)
-        attributes = vars(self.pipe)
-        tokenizer = attributes["tokenizer"]
-        # Past the pipeline's __setattr__, which would write the stand-in into its config.
-        attributes["tokenizer"] = ObservedTokenizer(tokenizer, seen)
+        own, attributes = slots(self.pipe), vars(self.pipe)
+        words = {slot: (slot.vocabulary(self.pipe), slot.token_id(self.pipe, self.policy, pad_with)) for slot in own}
+        seen = Encoding(self, words)
+        tokenizers = {slot.tokenizer: attributes[slot.tokenizer] for slot in own}
+        # Past the pipeline's __setattr__, which would write the stand-ins into its config.
+        attributes.update({name: ObservedTokenizer(tokenizer, seen) for name, tokenizer in tokenizers.items()})
         try:
             with encoding.entered(seen):
                 yield seen
         finally:
-            attributes["tokenizer"] = tokenizer
+            attributes.update(tokenizers)
 
     @contextmanager
     def encoding(self, branch: Branch = "cond") -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -272,7 +301,8 @@ class Patch:
 
         Yields:
             A function that applies the policy's edits to the embeddings `[B, L, D]` made inside, after
-            whatever weighting; what it returns is recognised by the pipeline as edited:
+            whatever weighting, of both text encoders side by side where there are two; what it returns is
+            recognised by the pipeline as edited:
 
                 with patch.encoding("cond") as edited:
                     embeds = pipe.text_encoder(input_ids)[0]
@@ -283,86 +313,13 @@ class Patch:
         with self.observing(self.policy.reembed_pads) as seen:
 
             def edited(embeds: torch.Tensor) -> torch.Tensor:
-                if not seen.calls:
-                    raise ValueError("embeds: the text encoder has not been called inside patch.encoding")
-                return self._edited(embeds, seen.calls[-1], branch)
+                last = {call.slot: call for call in seen.calls}
+                missing = [slot.encoder for slot in slots(self.pipe) if slot not in last]
+                if missing:
+                    raise ValueError(f"embeds: {', '.join(missing)} has not been called inside patch.encoding")
+                return edit_rows(self, embeds, [last[slot] for slot in slots(self.pipe)], branch)
 
             yield edited
-
-    def edit(
-        self, arguments: dict[str, Any], calls: list[Encoded], outputs: Any, reembedded: Any = None
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Edit what `encode_prompt` returned, (cond, uncond), by what it was called with and what it encoded.
-
-        Args:
-            reembedded: what it returned with "!" for the pads, where the policy reads that as well.
-        """
-        given = {"cond": arguments["prompt_embeds"], "uncond": arguments["negative_prompt_embeds"]}
-        guided = arguments["do_classifier_free_guidance"]
-        used = [branch for branch in BRANCHES if branch == "cond" or guided]
-        encoded = [branch for branch in used if given[branch] is None]
-        if len(calls) != len(encoded):
-            self.unknown(
-                f"encode_prompt called the text encoder {len(calls)} times where {len(encoded)} were expected, "
-                "so it is not known which call encoded the prompt. If the text encoder was exchanged, patch again"
-            )
-            return tuple(outputs)
-        call_of = dict(zip(encoded, calls, strict=True))
-        results = list(outputs)
-        for index, branch in enumerate(used):
-            if branch in call_of:
-                other = None if reembedded is None else reembedded[index]
-                results[index] = self._edited(outputs[index], call_of[branch], branch, other)
-            else:
-                known = self._recognised(branch, given[branch])
-                if known is not None:
-                    remember_edited(outputs[index], known)
-            known = recall_edited(results[index])
-            if known is not None and (self.stage == "kv" or self._watchers):
-                # A copy: kept itself, a context that a pipeline uses as it is would never die.
-                self.encodings[branch] = Encodings(results[index].detach().clone(), known)
-        return tuple(results)
-
-    def _edited(
-        self, embeds: torch.Tensor, encoded: Encoded, branch: Branch, reembedded: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        backends.tell_fallback(embeds.device)
-        self.prompts[branch] = encoded
-        if reembedded is not None:
-            # One of each prompt's images stands for all.
-            reembedded = reembedded[:: embeds.shape[0] // encoded.roles.shape[0]]
-        if self.stage == "kv":
-            remember_edited(embeds, Edited(self.policy, branch, encoded.roles, "kv", reembedded))
-            return embeds
-        return edit_embeddings(
-            embeds,
-            encoded.roles,
-            self.policy,
-            branch,
-            reembedded=reembedded,
-            context_length=support.vocabulary(self.pipe).context_length,
-            backend=self.backend,
-        )
-
-    def _recognised(self, branch: Branch, embeds: torch.Tensor) -> Edited | None:
-        """What is known of embeddings that were passed in and need no edit; else the user is told."""
-        edited = recall_edited(embeds)
-        if edited is not None and edited.is_made_for(self.policy, branch, self.stage):
-            return edited
-        if not self.policy.touches(branch):
-            # Whatever they are, nothing is done with them.
-            roles = torch.full(embeds.shape[:2], int(Role.PROMPT), dtype=torch.uint8)
-            return Edited(self.policy, branch, roles, self.stage)
-        name = "prompt_embeds" if branch == "cond" else "negative_prompt_embeds"
-        state = "not made by memkern"
-        if edited is not None:
-            made = "edited" if edited.stage == "embeds" else "encoded for the kv stage"
-            state = f"{made} as {edited.branch} under '{edited.policy}'"
-        self.unknown(
-            f"{name} carries no token ids and is {state}, while '{self.policy}' is in force. Make it with the "
-            "patched pipe.encode_prompt, patch.encoding or memkern.apply_policy, and pass that very tensor"
-        )
-        return None
 
     def called_outside(self) -> None:
         """The text encoder was called, and not by the patched `encode_prompt`."""
@@ -383,9 +340,10 @@ class Patch:
 
 def find(pipe: object) -> Patch | None:
     """The patch that is on `pipe`, even if something else wraps its `encode_prompt` by now; or None."""
-    own = getattr(pipe, "__dict__", {}).get("encode_prompt")
+    own = getattr(pipe, "__dict__", {}).get(layout.method(pipe))
     owners = [own.patch] if isinstance(own, EncodePrompt) else []
-    embeddings = clip_embeddings(getattr(pipe, "text_encoder", None))
-    if embeddings is not None:
-        owners += [hook.owner for hook in embeddings._forward_pre_hooks.values() if isinstance(hook, PadSwapHook)]
+    for slot in slots(pipe):
+        embeddings = clip_embeddings(getattr(pipe, slot.encoder))
+        hooks = embeddings._forward_pre_hooks.values() if embeddings is not None else ()
+        owners += [hook.owner for hook in hooks if isinstance(hook, PadSwapHook)]
     return next((owner for owner in owners if owner.pipe is pipe), None)

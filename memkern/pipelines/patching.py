@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..policy import Policy
-from . import support
+from . import supported
 from .instance import OnUnknown, Patch, StageChoice, find
 from .status import Status
 
@@ -20,6 +20,7 @@ def patch(
     on_unknown: OnUnknown = "raise",
     accelerate: bool = True,
     stage: StageChoice = "auto",
+    controlnet: bool = True,
 ) -> Patch:
     """Protect a diffusers pipeline: from now on its prompts are edited as `policy` says.
 
@@ -35,6 +36,8 @@ def patch(
         stage: where the policy is applied. "embeds": once, on the text encoder's output. "kv": on the keys and
             values of the UNet's cross-attention layers, which actions on logits and windows of layers and steps
             need. "auto": on the embeddings where that can express the policy. Both give the same image.
+        controlnet: whether the cross-attention of the pipeline's ControlNets is treated as the UNet's is. Edited
+            embeddings reach it in any case; False leaves its own keys and values, and its speed, alone.
 
     Returns:
         The `Patch`.
@@ -44,13 +47,20 @@ def patch(
         ValueError: the pipeline is not supported, or not at the stage the policy needs (with the reasons), or an
             argument is out of range.
     """
-    support.require(pipe)
+    supported.require(pipe)
     policy = Policy.of(policy)
+    settings: dict[str, Any] = {
+        "backend": backend,
+        "on_unknown": on_unknown,
+        "accelerate": accelerate,
+        "stage": stage,
+        "controlnet": controlnet,
+    }
     existing = find(pipe)
     if existing is not None:
-        existing.update(policy, backend=backend, on_unknown=on_unknown, accelerate=accelerate, stage=stage)
+        existing.update(policy, **settings)
         return existing
-    made = Patch(pipe, policy, backend, on_unknown, accelerate, stage)
+    made = Patch(pipe, policy, **settings)
     made.install()
     return made
 
@@ -69,19 +79,15 @@ def status(pipe: object) -> Status:
 
 
 @contextmanager
-def patched(
-    pipe: Any,
-    policy: Policy | str = "swap-pad-zero-eot",
-    *,
-    backend: str = "auto",
-    on_unknown: OnUnknown = "raise",
-    accelerate: bool = True,
-    stage: StageChoice = "auto",
-) -> Iterator[Patch]:
-    """`patch` for the length of a `with` block; what was in force before is restored in any case."""
+def patched(pipe: Any, policy: Policy | str = "swap-pad-zero-eot", **settings: Any) -> Iterator[Patch]:
+    """`patch` for the length of a `with` block; what was in force before is restored in any case.
+
+    Args:
+        pipe, policy, settings: as those of `patch`.
+    """
     before = find(pipe)
     former = None if before is None else before.settings
-    made = patch(pipe, policy, backend=backend, on_unknown=on_unknown, accelerate=accelerate, stage=stage)
+    made = patch(pipe, policy, **settings)
     try:
         yield made
     finally:

@@ -26,12 +26,12 @@ from ..plan import Plan
 from ..policy import BRANCHES, Branch
 from ..roles import Role
 from ..windows import layer_size
-from .cross_attention import cross_attention_layers, unwrapped
 from .instance import Patch, find
 from .kv import Source, edited
 from .patching import patch
 from .paths import split_heads
 from .rows import Rows, recognise
+from .sites import cross_attention_layers, unwrapped
 
 BLOCK_BYTES = 1 << 25
 """Of probabilities, float32: they are made for that many queries at a time and never for a whole layer."""

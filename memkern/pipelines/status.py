@@ -12,21 +12,30 @@ from ..ops import backends
 from ..plan import lower
 from ..policy import Branch, Policy
 from ..roles import Role
-from . import support
+from . import layout
 from .encoding import Encoded
+from .sites import unwrapped
+from .slots import slots
 
 if TYPE_CHECKING:
     from .instance import Patch
 
 
+_SEEN = {"embeds": "edits of embeddings", "kv": "roles"}
+
+
 @dataclass(frozen=True)
 class PromptStatus:
-    """One encoded row: its branch, its positions per role, and what was done to how many of them."""
+    """One encoded row: its branch, its positions per role, and what was done to how many of them.
+
+    `encoder` names the text encoder where there are several.
+    """
 
     branch: Branch
     roles: dict[Role, int]
     edited: dict[str, int]
     reembedded: int
+    encoder: str = ""
 
     @property
     def changes(self) -> str:
@@ -38,7 +47,7 @@ class PromptStatus:
 
     def __str__(self) -> str:
         roles = " ".join(f"{role.name} {count}" for role, count in self.roles.items())
-        return f"{self.branch}: {roles}; {self.changes}"
+        return f"{self.branch}{' of ' if self.encoder else ''}{self.encoder}: {roles}; {self.changes}"
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,8 @@ class Status:
             patched=True,
             policy=policy,
             sites=(
-                f"{type(pipe.text_encoder).__name__} embeddings: pad swap",
-                f"{type(pipe).__name__}.encode_prompt: {'edits of embeddings' if patch.stage == 'embeds' else 'roles'}",
+                *(f"{type(getattr(pipe, slot.encoder)).__name__} embeddings: pad swap" for slot in slots(pipe)),
+                f"{type(pipe).__name__}.{layout.method(pipe)}: {_SEEN[patch.stage]}",
                 *_unet_site(patch),
             ),
             backend=_describe_backend(patch.backend),
@@ -85,9 +94,15 @@ class Status:
             notes=_notes(patch),
             prompts=tuple(
                 row
-                for branch, encoded in patch.prompts.items()
+                for branch, calls in patch.prompts.items()
+                for index, encoded in enumerate(calls)
                 for row in describe(
-                    encoded, policy, branch, support.vocabulary(pipe).context_length, patch.prompts.get("cond")
+                    encoded,
+                    policy,
+                    branch,
+                    patch.context_length,
+                    patch.prompts["cond"][index] if "cond" in patch.prompts else None,
+                    named=len(calls) > 1,
                 )
             ),
         )
@@ -108,15 +123,32 @@ class Status:
 
 
 def describe(
-    encoded: Encoded, policy: Policy, branch: Branch, context_length: int, cond: Encoded | None = None
+    encoded: Encoded,
+    policy: Policy,
+    branch: Branch,
+    context_length: int,
+    cond: Encoded | None = None,
+    *,
+    named: bool = False,
 ) -> list[PromptStatus]:
-    """What `policy` does to each row of one text-encoder call; `cond` are the prompts that it is paired with."""
+    """What `policy` does to each row of one text-encoder call.
+
+    Args:
+        cond: the prompts that the rows are paired with.
+        named: whether the rows name the encoder.
+    """
     paired = None if cond is None else cond.roles
     if paired is None and any(edit.roles_of == "cond" for edit in policy.edits_on(branch)):
         policy = Policy()
     plan = lower(policy, encoded.roles, branch, cond_roles=paired, context_length=context_length)
     return [
-        PromptStatus(branch, {role: int((roles == role).sum()) for role in Role}, edited, int(reembedded.sum()))
+        PromptStatus(
+            branch,
+            {role: int((roles == role).sum()) for role in Role},
+            edited,
+            int(reembedded.sum()),
+            encoded.slot.encoder if named else "",
+        )
         for roles, edited, reembedded in zip(
             encoded.roles, count_edits(plan, encoded.roles), encoded.reembedded, strict=True
         )
@@ -138,16 +170,18 @@ def _unet_site(patch: Patch) -> list[str]:
         return []
     edits = "edits of keys and values; " if patch.stage == "kv" else ""
     faster = "computed by memkern where faster" if patch.accelerate else "computed by memkern where edited"
-    return [f"{type(sites.unet).__name__}: {sites.count} cross-attention layers, {edits}{faster}"]
+    places = " and ".join(type(unwrapped(module)).__name__ for module in sites.roots.values())
+    return [f"{places}: {sites.count} cross-attention layers, {edits}{faster}"]
 
 
 def _notes(patch: Patch) -> tuple[str, ...]:
     notes = []
     if patch.replaced_by is not None:
         notes.append(f"encode_prompt was wrapped or replaced since, by {patch.replaced_by!r}")
-    reembed_id = support.token_id(patch.pipe, patch.policy, patch.policy.reembed_pads)
-    if reembed_id is not None and reembed_id == support.vocabulary(patch.pipe).pad_token_id:
-        notes.append(f"the tokenizer pads with {patch.policy.reembed_pads!r} already: no pad is re-embedded")
+    for slot in slots(patch.pipe):
+        pad_with = slot.token_id(patch.pipe, patch.policy, patch.policy.reembed_pads)
+        if pad_with is not None and pad_with == slot.vocabulary(patch.pipe).pad_token_id:
+            notes.append(f"the {slot.tokenizer} pads with {patch.policy.reembed_pads!r} already: no pad is re-embedded")
     sites = patch.sites
     if sites is not None and not sites.complete:
         notes.append("processors of the UNet were replaced since: patch again to have them accelerated")

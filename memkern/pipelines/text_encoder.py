@@ -9,19 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from . import encoding
+from .slots import Slot
 
 if TYPE_CHECKING:
     from .instance import Patch
-
-
-def clip_embeddings(text_encoder: object) -> CLIPTextEmbeddings | None:
-    """The embedding layer of a CLIP text encoder, in both of transformers' layouts; None if it is no CLIP."""
-    core = getattr(text_encoder, "text_model", text_encoder)
-    embeddings = getattr(core, "embeddings", None)
-    return embeddings if isinstance(embeddings, CLIPTextEmbeddings) else None
 
 
 class PadSwapHook:
@@ -30,8 +23,9 @@ class PadSwapHook:
     Outside any encoding it is not known what is encoded, and the `Patch` that owns the hook is told.
     """
 
-    def __init__(self, owner: Patch) -> None:
+    def __init__(self, owner: Patch, slot: Slot) -> None:
         self.owner = owner
+        self.slot = slot
 
     # Traced, it would record the first prompt for all that follow.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -45,4 +39,4 @@ class PadSwapHook:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if now.owner is not self.owner or input_ids is None:
             return None
-        return args[1:], {**kwargs, "input_ids": now.observe(input_ids)}
+        return args[1:], {**kwargs, "input_ids": now.observe(self.slot, input_ids)}

@@ -14,7 +14,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 import memkern
 from memkern.ops import backends, cpu
 from memkern.pipelines.acceleration import Acceleration
-from memkern.pipelines.cross_attention import CrossAttentionProcessor, Sites, cross_attention_layers
+from memkern.pipelines.cross_attention import CrossAttentionProcessor
+from memkern.pipelines.sites import Sites, cross_attention_layers
 from memkern.testing import tiny_pipeline
 
 pytestmark = pytest.mark.skipif(bool(backends.installed("cpp")), reason="needs the compiled CPU library")
@@ -46,7 +47,7 @@ class Run:
     def __init__(self, unet):
         self.unet, self.acceleration = unet, Acceleration("auto")
         self.plain = copy.deepcopy(unet)
-        self.sites = Sites(unet, self.acceleration)
+        self.sites = Sites({"": unet}, self.acceleration)
         torch.manual_seed(2)
         self.sample = torch.randn(2, 4, 16, 16)
 
@@ -227,7 +228,7 @@ def test_lora_between_calls_and_during_one(run, context):
     config = peft.LoraConfig(r=2, target_modules=["attn2.to_q", "attn2.to_k"], init_lora_weights=False)
     run.unet.add_adapter(config)
     with_lora = copy.deepcopy(run.unet)
-    Sites(with_lora, Acceleration("torch")).remove()
+    Sites({"": with_lora}, Acceleration("torch")).remove()
     same(run(context), with_lora(run.sample, 7, context).sample)
     run.unet.fuse_lora()
     same(run(context), with_lora(run.sample, 7, context).sample)
@@ -239,7 +240,7 @@ def test_lora_between_calls_and_during_one(run, context):
 @torch.no_grad()
 def test_processors_are_put_back_and_copies_are_plain(unet):
     formers = {name: attn.processor for name, attn in cross_attention_layers(unet)}
-    sites = Sites(unet, Acceleration("auto"))
+    sites = Sites({"": unet}, Acceleration("auto"))
     assert sites.count == len(formers) > 0
     assert all(isinstance(attn.processor, CrossAttentionProcessor) for _, attn in cross_attention_layers(unet))
     for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
@@ -310,7 +311,7 @@ def test_offload_in_three_forms(unet, context, monkeypatch, form, before):
     acceleration = Acceleration("auto")
     if before:
         offload(unet)
-    Sites(unet, acceleration)
+    Sites({"": unet}, acceleration)
     if not before:
         unet(sample, 7, context), unet(sample, 7, context)
         offload(unet)

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from unet_input import context_of
 
 import memkern
-from memkern.pipelines.text_encoder import clip_embeddings
+from memkern.pipelines.slots import clip_embeddings
 from memkern.testing import tiny_pipeline
 
 
@@ -231,7 +231,7 @@ def test_an_exchanged_text_encoder_is_told_and_patched_again(sd1):
     former = sd1.text_encoder
     sd1.text_encoder = copy.deepcopy(former)
     clip_embeddings(sd1.text_encoder)._forward_pre_hooks.clear()
-    with pytest.raises(memkern.UnmitigatedError, match="called the text encoder 0 times .* exchanged, patch again"):
+    with pytest.raises(memkern.UnmitigatedError, match="called the text encoders 0 times .* exchanged, patch again"):
         context_of(sd1, "a cat")
     memkern.patch(sd1)
     assert torch.equal(context_of(sd1, "a cat"), before)

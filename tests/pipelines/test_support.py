@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
 from diffusers.pipelines.ddpm import DDPMPipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 import memkern
-from memkern.pipelines.text_encoder import clip_embeddings
+from memkern.pipelines.slots import clip_embeddings
 
 
 @pytest.mark.parametrize("thing", [None, 3, "a model", torch.nn.Linear(1, 1), object()], ids=lambda x: type(x).__name__)
@@ -25,27 +31,50 @@ def test_a19_no_text_encoder_at_all(sd1):
     with pytest.raises(
         ValueError,
         match=r"DDPMPipeline cannot be patched: it has no text_encoder; it has no tokenizer; it has no encode_prompt. "
-        r"Supported are Stable Diffusion pipelines with one CLIP text encoder, such as StableDiffusionPipeline",
+        r"Supported are pipelines whose context comes from CLIP text encoders",
     ):
         memkern.patch(pipe)
 
 
 def test_another_text_encoder(sd1):
-    sd1.text_encoder = T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    sd1.text_encoder = tiny_t5()
     with pytest.raises(ValueError, match="its text_encoder is a T5EncoderModel, not a CLIP text model"):
         memkern.patch(sd1)
 
 
-def test_two_text_encoders(sd1):
-    second = CLIPTextModelWithProjection(
-        CLIPTextConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    )
-    pipe = StableDiffusionXLPipeline(
-        sd1.vae, sd1.text_encoder, second, sd1.tokenizer, sd1.tokenizer, sd1.unet, sd1.scheduler,
-        add_watermarker=False,
+def tiny_t5():
+    return T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+
+
+def flux(sd1):
+    transformer = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=32, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="StableDiffusionXLPipeline cannot be patched: it has a second text encoder"):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return FluxPipeline(scheduler, sd1.vae, sd1.text_encoder, sd1.tokenizer, tiny_t5(), sd1.tokenizer, transformer)
+
+
+def pixart(sd1):
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, cross_attention_dim=16,
+        sample_size=8, caption_channels=8,
+    )  # fmt: skip
+    return PixArtAlphaPipeline(sd1.tokenizer, tiny_t5(), sd1.vae, transformer, sd1.scheduler)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (flux, "FluxPipeline cannot be patched: its text_encoder_2 is a T5EncoderModel, not a CLIP text model"),
+        (pixart, "PixArtAlphaPipeline cannot be patched: its text_encoder is a T5EncoderModel, not a CLIP text model"),
+    ],
+)
+def test_other_families_are_refused_with_the_reason(sd1, make, reason):
+    pipe = make(sd1)
+    with pytest.raises(ValueError, match=reason):
         memkern.patch(pipe)
+    assert reason.partition(": ")[2] in str(memkern.support(pipe))
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_direct_calls_of_the_text_encoder(sd1):
     rows = {}
     for branch in ("uncond", "cond"):
         with patch.encoding(branch) as edited:
-            with pytest.raises(ValueError, match="embeds: the text encoder has not been called inside patch.encoding"):
+            with pytest.raises(ValueError, match="embeds: text_encoder has not been called inside patch.encoding"):
                 edited(torch.zeros(1, 77, 32))
             rows[branch] = edited(encode(sd1, "a cat")[0])
     assert torch.equal(torch.cat([rows["uncond"], rows["cond"]]), expected)
@@ -167,7 +167,7 @@ def test_an_encode_prompt_that_encodes_otherwise_is_told(sd1):
 
     sd1.encode_prompt = twice
     memkern.patch(sd1)
-    with pytest.raises(memkern.UnmitigatedError, match="called the text encoder 3 times where 2 were expected"):
+    with pytest.raises(memkern.UnmitigatedError, match="called the text encoders 3 times where 2 were expected"):
         context_of(sd1, "a cat")
 
 

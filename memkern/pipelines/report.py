@@ -1,0 +1,75 @@
+"""What would be patched in a pipeline and what not, before anything is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import layout, supported
+from .cross_attention import PLAIN
+from .layers import weight_refusals, whole_refusals
+from .sites import kv_refusals, layers_of, roots, unwrapped
+from .slots import slots
+
+
+@dataclass(frozen=True)
+class Support:
+    """What `memkern.support` found; falsy for a pipeline that cannot be patched.
+
+    Attributes:
+        pipeline: the class's name.
+        refusals: why it cannot be patched at all; empty if it can.
+        sites: what would be patched.
+        kv_refusals: why the kv stage is not to be had; empty if it is.
+        left: layer → why it keeps its own processor, or its modules being called.
+    """
+
+    pipeline: str
+    refusals: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+    kv_refusals: tuple[str, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.refusals
+
+    def __str__(self) -> str:
+        if self.refusals:
+            return f"{self.pipeline} cannot be patched: {'; '.join(self.refusals)}. Supported are {supported.SUPPORTED}"
+        stages = f"embeds; not kv: {'; '.join(self.kv_refusals)}" if self.kv_refusals else "embeds, kv"
+        lines = [f"pipeline  {self.pipeline}", *(f"site      {site}" for site in self.sites), f"stages    {stages}"]
+        return "\n".join([*lines, *(f"left      {name}: {why}" for name, why in self.left)])
+
+
+def report(pipe: Any) -> Support:
+    """What `memkern.patch(pipe)` would do.
+
+    Returns:
+        A `Support`, to print or to ask: `if memkern.support(pipe): …`.
+
+    Raises:
+        TypeError: `pipe` is not a diffusers pipeline.
+    """
+    supported.require_pipeline(pipe)
+    name, refusals = type(pipe).__name__, supported.refusals(pipe)
+    if refusals:
+        return Support(name, tuple(refusals))
+    found = roots(pipe, controlnet=True)
+    layers = layers_of(found)
+    sites = [f"{type(getattr(pipe, slot.encoder)).__name__} ({slot.encoder}): pad swap" for slot in slots(pipe)]
+    sites.append(f"{name}.{layout.method(pipe)}: edits of embeddings")
+    left = []
+    taken = 0
+    for layer, attn in layers:
+        former = getattr(attn.processor, "former", attn.processor)
+        reasons = whole_refusals(attn) or weight_refusals(attn)
+        if type(former) not in PLAIN:
+            left.append((layer, f"keeps its {type(former).__name__}"))
+        else:
+            taken += 1
+            if reasons:
+                left.append((layer, f"its modules are called: {'; '.join(reasons)}"))
+    if layers:
+        places = " and ".join(type(unwrapped(module)).__name__ for module in found.values())
+        sites.append(f"{places}: {taken} of {len(layers)} cross-attention layers")
+    return Support(name, (), tuple(sites), tuple(kv_refusals(found)), tuple(left))
