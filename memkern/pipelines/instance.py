@@ -83,6 +83,7 @@ class Patch:
         self.sites: Sites | None = None
         self.encodings: dict[Branch, Encodings] = {}
         self.prompt_number = 0
+        self._told: str | None = None
         self._watchers = 0
         self._set(policy, **settings)
         self._method = layout.method(pipe)
@@ -131,21 +132,26 @@ class Patch:
 
     @property
     def lost(self) -> str | None:
-        """What keeps the kv stage from reaching every layer by now; None where nothing does."""
-        if self.stage == "kv" and self.sites is not None:
-            if roots(self.pipe, controlnet=self.controlnet) != self.sites.roots:
-                return "the pipeline's UNet or ControlNet was exchanged"
-            if not self.sites.complete:
-                return "processors of the UNet were replaced"
-        return None
+        """Why layers that were put in place are not reached by now; None where all are."""
+        if self.sites is None:
+            return None
+        if roots(self.pipe, controlnet=self.controlnet) != self.sites.roots:
+            return "the pipeline's UNet or ControlNet was exchanged"
+        return None if self.sites.complete else "processors of the UNet were replaced"
 
     def begin(self) -> None:
         """A new prompt: forget the last one, and see whether what was put in place is there."""
         self.acceleration.clear()
         self.encodings.clear()
         self.prompt_number += 1
-        if self.lost is not None:
-            self.unknown(f"{self.lost} since it was patched; call memkern.patch(pipe) or patch.update() again")
+        lost = self.lost
+        if lost is not None and lost != self._told:
+            again = f"{lost} since it was patched; call memkern.patch(pipe) or patch.update() again"
+            if self.stage == "kv":
+                self.unknown(again)
+            else:
+                warnings.warn(f"memkern: {again} to have them accelerated", stacklevel=4)
+        self._told = lost if self.stage == "embeds" else None
 
     @property
     def installed(self) -> bool:
@@ -230,7 +236,7 @@ class Patch:
         stage = supported.stage(policy, asked_stage)
         if stage == "kv":
             found = roots(self.pipe, controlnet=controlnet)
-            supported.require_kv(self.pipe, policy, kv_refusals(found))
+            supported.require_kv(self.pipe, policy, kv_refusals(found, self.acceleration))
             check_layers(policy, [name for name, _ in layers_of(found)])
         self.policy, self.backend, self.on_unknown, self.accelerate = policy, backend, on_unknown, accelerate
         self.controlnet = controlnet

@@ -43,7 +43,7 @@ class Sites:
         self._handles: list[Any] = []
         self.left: dict[str, str] = {}
         for name, attn in layers_of(roots):
-            former = attn.processor
+            former = attn.processor.former if is_rebuilt(attn.processor) else attn.processor
             if type(former) in PLAIN:
                 processor = CrossAttentionProcessor(former, acceleration, name)
                 attn.set_processor(processor)
@@ -70,13 +70,13 @@ class Sites:
     def complete(self) -> bool:
         """Whether all that were placed still are, and no layer has become one that could take one."""
         return self.count == len(self._placed) and not any(
-            type(attn.processor) in PLAIN for _, attn in layers_of(self.roots)
+            type(attn.processor) in PLAIN or is_rebuilt(attn.processor) for _, attn in layers_of(self.roots)
         )
 
     def remove(self) -> None:
         """Put back the very processors that were there, where ours still is."""
         for attn, processor, former in self._placed:
-            if attn.processor is processor:
+            if attn.processor is processor or is_rebuilt(attn.processor):
                 attn.set_processor(former)
         self._placed = []
         for handle in self._handles:
@@ -84,20 +84,27 @@ class Sites:
         self._handles = []
 
 
+def is_rebuilt(processor: Any) -> bool:
+    """Whether it is one of memkern's that diffusers made anew by its class, as it does around an IP-Adapter."""
+    return isinstance(processor, CrossAttentionProcessor) and processor.acceleration is None
+
+
 def unwrapped(module: Any) -> Any:
     """The module itself, where `torch.compile` wrapped it."""
     return getattr(module, "_orig_mod", module)
 
 
-def kv_refusals(roots: Roots) -> list[str]:
-    """Why keys and values of these layers cannot be edited; empty if they can."""
+def kv_refusals(roots: Roots, own: Acceleration | None = None) -> list[str]:
+    """Why keys and values of these layers cannot be edited by `own`'s pipeline; empty if they can."""
     layers = layers_of(roots)
     if not layers:
         return ["it has no UNet with cross-attention layers"]
     reasons: dict[str, list[str]] = {}
     for name, attn in layers:
-        former = getattr(attn.processor, "former", attn.processor)
-        found = whole_refusals(attn)
+        processor, found = attn.processor, whole_refusals(attn)
+        if isinstance(processor, CrossAttentionProcessor) and processor.acceleration not in (None, own):
+            found.append("another patched pipeline shares it; memkern.unpatch that one first")
+        former = getattr(processor, "former", processor)
         if type(former) not in PLAIN:
             found.append(f"it has a {type(former).__name__}, which may compute more than attention")
         for reason in found:
