@@ -1,4 +1,4 @@
-"""The command line: `memkern info` and `memkern demo`."""
+"""The command line: `memkern info`, `memkern demo` and `memkern audit`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    return _demo(options)
+    return _audit(options) if options.command == "audit" else _demo(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +40,38 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--guidance", type=float, default=7.5, help="with --prompt or --model (default: %(default)s)")
     demo.add_argument("--json", type=Path, help="write the numbers of the embedded model to this file")
     demo.add_argument("--out", type=Path, default=Path("memkern-demo"), help="folder (default: %(default)s)")
+    _audit_parser(commands)
     return parser
+
+
+def _audit_parser(commands: Any) -> None:
+    about = (
+        "how much a model memorizes, and what each policy does to that and to its pictures; goes on where it stopped"
+    )
+    audit = commands.add_parser("audit", help=about)
+    audit.add_argument("--model", default=EMBEDDED, help="a diffusers folder or hub name (default: %(default)s)")
+    audit.add_argument("--prompts", type=Path, help="a .csv, .jsonl or .txt file; default: those of the embedded model")
+    audit.add_argument("--references", help="training images: a folder (0000.png …) or a column of the prompts' file")
+    methods = "presets; none; random-tokens:4, random-numbers:4, late-guidance:0.5 (default: %(default)s)"
+    audit.add_argument("--policies", default="none,swap-pad-zero-eot,zero-pad:0.7", type=_names, help=methods)
+    audit.add_argument("--seeds", type=_seeds, default="0", help="(default: %(default)s)")
+    audit.add_argument("--limit", type=int, help="only so many prompts")
+    audit.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
+    audit.add_argument("--guidance", type=float, default=7.5, help="(default: %(default)s)")
+    audit.add_argument("--sscd", type=Path, help="weights of SSCD, TorchScript or .onnx")
+    audit.add_argument("--clip", help="a CLIP model for the CLIP score")
+    audit.add_argument("--out", type=Path, default=Path("memkern-audit"), help="folder (default: %(default)s)")
+
+
+def _names(text: str) -> list[str]:
+    """Comma-separated, where a preset's own numbers are too: "guard:0.2,1.5,none" is two."""
+    found: list[str] = []
+    for part in text.split(","):
+        if found and part.replace(".", "", 1).lstrip("-").isdigit():
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
 
 
 def _policy(text: str) -> Policy:
@@ -57,14 +88,31 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1, got {text!r}") from None
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _audit(options: argparse.Namespace) -> int:
+    from . import audit
+
+    _hush()
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    try:
+        print(audit.run(**given))
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        print(f"memkern audit: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _hush() -> None:
+    """Bars and advice about optional packages would bury what is shown here."""
     import diffusers.utils.logging
     import transformers
 
-    # Their bars and advice about optional packages would bury what is shown here.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+
+
+def _demo(options: argparse.Namespace) -> int:
+    _hush()
     try:
         return _exhibit(options) if options.model == EMBEDDED and not options.prompt else _demonstrate(options)
     except (OSError, TypeError, ValueError) as error:

@@ -1,0 +1,145 @@
+"""The report of an audit: one HTML page that needs nothing beside it, and a grid of pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..demo.grid import draw_grid
+from .methods import UNMITIGATED, Method
+from .pictures import Job, read
+from .prompts import Prompt
+from .results import COPY, Summary, reference_of, summarize
+
+SHOWN_PROMPTS = 50
+"""In the grid; the table has all."""
+
+PUBLISHED = {
+    "swap-pad-zero-eot": "0.08 / 0.31",
+    "swap-pad": "0.14 / 0.32",
+    "zero-pad:0.7": "0.10 / 0.31",
+    "ren:1.25": "0.09 / 0.30",
+    "wen": "0.51 / 0.32",
+    "random-tokens:4": "0.58",
+    "random-numbers:4": "0.53",
+}
+"""Kim & No (arXiv 2605.02908): SSCD to the unmitigated picture / CLIP score, Stable Diffusion 1.4, 458 prompts."""
+
+COPY_MEASURES = ("sscd_to_unmitigated", "sscd_to_reference", "pixels_to_unmitigated", "pixels_to_reference")
+NAMES = {
+    "sscd_to_unmitigated": "SSCD to the unmitigated picture",
+    "sscd_to_reference": "SSCD to the training image",
+    "pixels_to_unmitigated": "pixel correlation with the unmitigated picture",
+    "pixels_to_reference": "pixel correlation with the training image",
+    "clip_score": "CLIP score",
+    "lpips_diversity": "LPIPS between seeds",
+    "noise_magnitude": "text-conditional noise (Wen et al.)",
+    "seconds": "seconds a picture",
+    "peak_mib": "peak memory, MiB",
+}
+
+
+def write_report(
+    out: Path,
+    settings: dict[str, Any],
+    table: Sequence[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    notes: Sequence[str],
+) -> Path:
+    """Write `grid.png` and `report.html` from the rows of the results; the page's path."""
+    from jinja2 import Environment, PackageLoader
+
+    summaries = summarize(table)
+    draw(out, table, prompts, methods, seeds).save(out / "grid.png")
+    measures = [name for name in NAMES if any(name in of_method for of_method in summaries.values())]
+    page = Environment(loader=PackageLoader("memkern.audit", "."), autoescape=True).get_template("report.html.j2")
+    text = page.render(
+        settings=settings,
+        methods=[one.name for one in methods],
+        measures=measures,
+        names=NAMES,
+        summaries=summaries,
+        copies=COPY_MEASURES,
+        threshold=COPY,
+        cell=_cell,
+        published=PUBLISHED if "clip_score" in measures and "sscd_to_unmitigated" in measures else {},
+        grid=_inline((out / "grid.png").read_bytes()),
+        plot=plot(summaries, measures),
+        shown=min(len(prompts), SHOWN_PROMPTS),
+        count=len(prompts),
+        notes=notes,
+    )
+    path = out / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def draw(
+    out: Path,
+    table: Sequence[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+) -> Image.Image:
+    """A row per prompt, a column per method by the first seed, similarity under each label; references first."""
+    measure = next((name for name in COPY_MEASURES if any(row.get(name) is not None for row in table)), None)
+    values = {(row["prompt_id"], row["method"], row["seed"]): row.get(measure or "") for row in table}
+    shown = prompts[:SHOWN_PROMPTS]
+    with_references = any(prompt.reference is not None for prompt in shown)
+    cells, captions = [], []
+    for prompt in shown:
+        row = [read(Job(one, prompt, seeds[0]).path(out))[0] for one in methods]
+        if with_references:
+            reference = reference_of(prompt, {})
+            blank = Image.new("RGB", row[0].size, "white")
+            row.insert(0, blank if reference is None else reference.resize(row[0].size))
+        cells.append(row)
+        found = [values[prompt.id, one.name, seeds[0]] for one in methods if one.name != UNMITIGATED]
+        numbers = " ".join("–" if value is None else f"{value:.2f}" for value in found)
+        captions.append(f"{prompt.text[:90]}  [{numbers}]")
+    columns = [*(["training\nimage"] if with_references else []), *(one.name.replace("-", "-\n", 1) for one in methods)]
+    return draw_grid(cells, captions, columns, cell=128)
+
+
+def plot(summaries: dict[str, dict[str, Summary]], measures: Sequence[str]) -> str:
+    """Memorization against fidelity, a point per method, as an inline picture; "" without matplotlib or a pair."""
+    across = next((name for name in COPY_MEASURES if name in measures), None)
+    up = next((name for name in ("clip_score", "lpips_diversity", "noise_magnitude") if name in measures), None)
+    if across is None or up is None:
+        return ""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, found in summaries.items():
+        if across in found and up in found:
+            x, y = found[across], found[up]
+            xerr, yerr = ([[value.mean - value.low], [value.high - value.mean]] for value in (x, y))
+            axes.errorbar(x.mean, y.mean, xerr=xerr, yerr=yerr, fmt="o", capsize=3, label=name)
+    axes.set_xlabel(NAMES[across])
+    axes.set_ylabel(NAMES[up])
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return _inline(buffer.getvalue())
+
+
+def _cell(summary: Summary | None) -> str:
+    if summary is None:
+        return "–"
+    if summary.mean >= 100:
+        return f"{summary.mean:.0f}"
+    return f"{summary.mean:.3f} ({summary.low:.3f}–{summary.high:.3f})"
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

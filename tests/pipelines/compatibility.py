@@ -1,0 +1,100 @@
+"""Pipeline × companion: works, or refused and why. `python tests/pipelines/compatibility.py` writes the table.
+
+"works" means: with edits off the patched pipeline's image is the unpatched one's, and with edits on it changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from companions import COMPANIONS  # noqa: E402
+from families import sd_families, sdxl_families  # noqa: E402
+from vocabulary import clip_vocabulary  # noqa: E402
+
+import memkern  # noqa: E402
+from memkern.testing import clip_tokenizer  # noqa: E402
+
+TABLE = HERE.parents[1] / "docs" / "compatibility.md"
+NOT_APPLICABLE = "–"
+
+
+def verdict(make, companion) -> str:
+    """One cell; a fresh pipeline each time."""
+    family = make()
+    if companion is not None:
+        needs_unet = companion.__name__ not in ("textual_inversion",)
+        takes = inspect.signature(type(family.pipe).__call__).parameters
+        if companion.__name__ == "ip_adapter" and "ip_adapter_image_embeds" not in takes:
+            return NOT_APPLICABLE
+        if not hasattr(family.pipe, "unet") and needs_unet:
+            return NOT_APPLICABLE
+        named = {"free_u": "enable_freeu", "fused_qkv": "fuse_qkv_projections"}
+        if not hasattr(family.pipe, named.get(companion.__name__, "__class__")):
+            return NOT_APPLICABLE
+        one_encoder = getattr(family.pipe, "text_encoder_2", None) is None
+        has_loader = one_encoder and hasattr(family.pipe, "load_textual_inversion")
+        if companion.__name__ == "textual_inversion" and not has_loader:
+            return NOT_APPLICABLE
+        try:
+            options = companion(family.pipe)
+            expected = family(steps=3, **options)
+        except Exception as error:
+            return f"– (diffusers: {type(error).__name__})"
+    else:
+        options, expected = {}, family(steps=3)
+    memkern.patch(family.pipe, "none")
+    if not torch.allclose(family(steps=3, **options), expected, rtol=1e-3, atol=1e-3):
+        return "differs"
+    memkern.patch(family.pipe, "zero-pad:0.7")
+    edited = family(steps=3, **options)
+    if torch.allclose(edited, expected, rtol=1e-4, atol=1e-5):
+        return "no effect"
+    try:
+        memkern.patch(family.pipe, "zero-pad:0.7", stage="kv")
+    except ValueError as error:
+        reason = str(error).partition("cannot be: ")[2].partition(". A policy")[0].partition(": ")
+        return f"works; kv refused: {reason[2] or reason[0]}"
+    return "works" if torch.allclose(family(steps=3, **options), edited, rtol=1e-3, atol=1e-3) else "kv differs"
+
+
+def table(tokenizers) -> str:
+    """Markdown."""
+    families = {**sd_families(tokenizers), **sdxl_families(tokenizers)}
+    lines = [
+        "# What works with what",
+        "",
+        "Made by `python tests/pipelines/compatibility.py` with tiny pipelines of real parts. *works*: with edits off",
+        "the image is the unpatched one's, with edits on it changes, and the kv stage gives the image of the embeds",
+        "stage. *kv refused*: policies that edit embeddings work; those of keys and values are refused, and why.",
+        "–: the pipeline does not have it.",
+        "",
+        f"| pipeline | alone | {' | '.join(COMPANIONS)} |",
+        f"| --- |{' --- |' * (1 + len(COMPANIONS))}",
+    ]
+    for name, make in families.items():
+        cells = [verdict(make, companion) for companion in (None, *COMPANIONS.values())]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the table."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    tokens, merges = clip_vocabulary()
+    tokenizers = {"sd1": clip_tokenizer(tokens, merges), "sd2": clip_tokenizer(tokens, merges, pad_token="!")}
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(tokenizers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
