@@ -52,7 +52,7 @@ def _audit_parser(commands: Any) -> None:
     audit.add_argument("--model", default=EMBEDDED, help="a diffusers folder or hub name (default: %(default)s)")
     audit.add_argument("--prompts", type=Path, help="a .csv, .jsonl or .txt file; default: those of the embedded model")
     audit.add_argument("--references", help="training images: a folder (0000.png …) or a column of the prompts' file")
-    methods = "presets; none; random-tokens:4, random-numbers:4, late-guidance:0.5 (default: %(default)s)"
+    methods = "presets, none, random-tokens:4, random-numbers:4, late-guidance:0.5, wen:3 (default: %(default)s)"
     audit.add_argument("--policies", default="none,swap-pad-zero-eot,zero-pad:0.7", type=_names, help=methods)
     audit.add_argument("--seeds", type=_seeds, default="0", help="(default: %(default)s)")
     audit.add_argument("--limit", type=int, help="only so many prompts")

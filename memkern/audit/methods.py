@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..pipelines import patched
 from ..pipelines.schedule import position
 from ..policy import Policy
 
 UNMITIGATED = "none"
+
+
+def generate(pipe: Any, text: str, generator: torch.Generator, options: dict[str, Any]) -> Any:
+    """The pipeline's picture, as it makes it."""
+    return pipe(text, generator=generator, **options).images[0]
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,13 @@ class Method:
         name: as it was asked for.
         prompt: changes the prompt's text before the tokenizer sees it, by the prompt's id.
         installed: puts it into a pipeline for the length of a `with` block.
+        generate: makes a picture from a text, a generator for the initial noise, and options of the pipeline.
     """
 
     name: str
     prompt: Callable[[str, str], str]
     installed: Callable[[Any], Any]
+    generate: Callable[[Any, str, torch.Generator, dict[str, Any]], Any] = generate
 
     @property
     def folder(self) -> str:
@@ -127,10 +135,46 @@ def _late_guidance(name: str, number: str) -> Method:
     return Method(name, _same, installed)
 
 
+def _optimized(name: str, number: str) -> Method:
+    """Wen et al., "Detecting, explaining, and mitigating memorization in diffusion models", ICLR 2024.
+
+    Before the first step the prompt's embedding is changed by up to ten steps of Adam (0.05) until the text-conditional
+    noise at the generation's own initial latents is below a target, 3 by default.
+    """
+    target = _number(name, number, 3.0, float)
+
+    def optimize(pipe: Any, text: str, generator: torch.Generator, options: dict[str, Any]) -> Any:
+        device = pipe._execution_device
+        with torch.no_grad():
+            cond, uncond = pipe.encode_prompt(text, device, 1, True)[:2]
+        size = pipe.unet.config.sample_size
+        shape = (1, pipe.unet.config.in_channels, size, size)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=cond.dtype)
+        pipe.scheduler.set_timesteps(options["num_inference_steps"], device=device)
+        first = pipe.scheduler.timesteps[0]
+        noisy = pipe.scheduler.scale_model_input(latents * pipe.scheduler.init_noise_sigma, first).repeat(2, 1, 1, 1)
+        changed = cond.detach().clone().requires_grad_()
+        adam = torch.optim.Adam([changed], lr=0.05)
+        with torch.enable_grad():
+            for _ in range(10):
+                negative, positive = pipe.unet(noisy, first, torch.cat([uncond, changed])).sample.chunk(2)
+                loss = (positive - negative).float().norm()
+                if loss.item() < target:
+                    break
+                adam.zero_grad()
+                (changed.grad,) = torch.autograd.grad(loss, [changed])
+                adam.step()
+        embeds = {"prompt_embeds": changed.detach(), "negative_prompt_embeds": uncond}
+        return pipe(None, latents=latents, **embeds, **options).images[0]
+
+    return Method(name, _same, _as_it_is, optimize)
+
+
 BASELINES: dict[str, Callable[[str, str], Method]] = {
     "random-tokens": _random_words,
     "random-numbers": _random_numbers,
     "late-guidance": _late_guidance,
+    "wen": _optimized,
 }
 """Name → a method from its string form, "random-tokens:4"."""
 

@@ -73,7 +73,7 @@ def paint(pipe: Any, job: Job, options: dict[str, Any]) -> tuple[Image.Image, di
     with noise_magnitude(pipe) as magnitude:
         start = time.perf_counter()
         text = job.method.prompt(job.prompt.text, job.prompt.id)
-        picture = pipe(text, generator=generator, **options).images[0].convert("RGB")
+        picture = job.method.generate(pipe, text, generator, options).convert("RGB")
         seconds = time.perf_counter() - start
     return picture, {
         "seconds": round(seconds, 4),

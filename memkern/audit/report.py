@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ..demo.grid import draw_grid
-from .methods import UNMITIGATED, Method
+from .methods import Method
 from .pictures import Job, read
 from .prompts import Prompt
 from .results import COPY, Summary, reference_of, summarize
@@ -24,7 +24,7 @@ PUBLISHED = {
     "swap-pad": "0.14 / 0.32",
     "zero-pad:0.7": "0.10 / 0.31",
     "ren:1.25": "0.09 / 0.30",
-    "wen": "0.51 / 0.32",
+    "wen:3": "0.51 / 0.32",
     "random-tokens:4": "0.58",
     "random-numbers:4": "0.53",
 }
@@ -70,6 +70,7 @@ def write_report(
         threshold=COPY,
         cell=_cell,
         published=PUBLISHED if "clip_score" in measures and "sscd_to_unmitigated" in measures else {},
+        grid_measure=NAMES.get(grid_measure(table) or ""),
         grid=_inline((out / "grid.png").read_bytes()),
         plot=plot(summaries, measures),
         shown=min(len(prompts), SHOWN_PROMPTS),
@@ -88,24 +89,30 @@ def draw(
     methods: Sequence[Method],
     seeds: Sequence[int],
 ) -> Image.Image:
-    """A row per prompt, a column per method by the first seed, similarity under each label; references first."""
-    measure = next((name for name in COPY_MEASURES if any(row.get(name) is not None for row in table)), None)
+    """A row per prompt, a column per method by the first seed, each picture's similarity under it; references first."""
+    measure = grid_measure(table)
     values = {(row["prompt_id"], row["method"], row["seed"]): row.get(measure or "") for row in table}
     shown = prompts[:SHOWN_PROMPTS]
     with_references = any(prompt.reference is not None for prompt in shown)
-    cells, captions = [], []
+    cells, under = [], []
     for prompt in shown:
         row = [read(Job(one, prompt, seeds[0]).path(out))[0] for one in methods]
+        found = [values[prompt.id, one.name, seeds[0]] for one in methods]
+        numbers = ["" if value is None else f"{value:.2f}" for value in found]
         if with_references:
             reference = reference_of(prompt, {})
             blank = Image.new("RGB", row[0].size, "white")
             row.insert(0, blank if reference is None else reference.resize(row[0].size))
+            numbers.insert(0, "")
         cells.append(row)
-        found = [values[prompt.id, one.name, seeds[0]] for one in methods if one.name != UNMITIGATED]
-        numbers = " ".join("–" if value is None else f"{value:.2f}" for value in found)
-        captions.append(f"{prompt.text[:90]}  [{numbers}]")
+        under.append(numbers)
     columns = [*(["training\nimage"] if with_references else []), *(one.name.replace("-", "-\n", 1) for one in methods)]
-    return draw_grid(cells, captions, columns, cell=128)
+    return draw_grid(cells, [prompt.text[:120] for prompt in shown], columns, cell=128, under=under)
+
+
+def grid_measure(table: Sequence[dict[str, Any]]) -> str | None:
+    """What is written under the pictures: the first similarity that was measured."""
+    return next((name for name in COPY_MEASURES if any(row.get(name) is not None for row in table)), None)
 
 
 def plot(summaries: dict[str, dict[str, Summary]], measures: Sequence[str]) -> str:

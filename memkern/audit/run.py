@@ -51,7 +51,7 @@ def run(
         prompts: a .csv, .jsonl or .txt file; see `read_prompts`.
         references: a folder or column of training images.
         policies: presets of memkern, "none" for the unpatched pipeline (always in), or alternatives: "random-tokens:4",
-            "random-numbers:4", "late-guidance:0.5".
+            "random-numbers:4", "late-guidance:0.5", "wen:3".
         seeds: of the initial noise.
         limit: how many prompts, from the start.
         steps, guidance: of the pipeline.

@@ -1,0 +1,260 @@
+"""`memkern audit`: nothing lost and nothing made twice, the same table however it was made, and clear refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from memkern import audit, demo
+from memkern.audit import pictures
+from memkern.audit.methods import method
+from memkern.audit.results import Summary
+from memkern.cli import main
+
+SETTINGS = {"policies": ["none", "zero-pad:0.7", "random-numbers:2"], "seeds": [0, 1], "limit": 2, "steps": 2}
+
+COMMAND = "-m memkern audit --policies none,zero-pad:0.7,random-numbers:2 --seeds 0,1 --limit 2 --steps 2".split()
+# As in this process: another number of threads rounds otherwise.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(out, **options):
+    return audit.run(out=out, quiet=True, **{**SETTINGS, **options})
+
+
+def table(out):
+    """The rows of the results, without times."""
+    with (out / "results.csv").open(newline="") as lines:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(lines)]
+
+
+def files(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    run(out)
+    return out
+
+
+def test_what_is_written(unbroken):
+    assert {path.name for path in unbroken.iterdir()} == {
+        "images", "results.csv", "report.html", "grid.png", "manifest.json",
+    }  # fmt: skip
+    rows = table(unbroken)
+    assert [(row["prompt_id"], row["method"], row["seed"]) for row in rows] == [
+        (prompt, name, seed) for prompt in ("0000", "0001") for name in SETTINGS["policies"] for seed in "01"
+    ]
+    assert all((unbroken / row["image"]).is_file() for row in rows)
+    manifest = json.loads((unbroken / "manifest.json").read_text())
+    assert manifest["settings"]["steps"] == 2
+    assert manifest["versions"]["torch"] == torch.__version__
+    page = (unbroken / "report.html").read_text()
+    assert 'src="http' not in page
+    assert page.count("data:image/png;base64,") == 2
+
+
+def test_killed_and_run_again_equals_an_unbroken_run(unbroken, tmp_path):
+    """What is left of a broken run: some pictures, one cut off, one without its record, a partial file."""
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.csv").unlink()
+    (tmp_path / "report.html").unlink()
+    made = sorted((tmp_path / "images").rglob("*.png"))
+    kept = {path: path.stat().st_mtime_ns for path in made[3:]}
+    made[0].unlink()
+    made[1].write_bytes(made[1].read_bytes()[:200])
+    made[2].with_suffix(".json").unlink()
+    (made[0].parent / ".x.partial").write_bytes(b"half")
+    run(tmp_path)
+    assert files(tmp_path) == files(unbroken)
+    assert table(tmp_path) == table(unbroken)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "none was made again"
+
+
+def test_a_killed_process_leaves_whole_pictures_only(unbroken, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND, "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD,
+    )  # fmt: skip
+    while process.poll() is None and len(list(tmp_path.rglob("*.png"))) < 2:
+        pass
+    process.kill()
+    process.wait()
+    left = [path for path in (tmp_path / "images").rglob("*.png") if not path.name.startswith(".")]
+    assert all(pictures.is_done(path) for path in left)
+    run(tmp_path)
+    assert {k: v for k, v in files(tmp_path).items() if "partial" not in k} == files(unbroken)
+    assert table(tmp_path) == table(unbroken)
+
+
+def test_two_processes_give_the_same_table(unbroken, tmp_path):
+    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), *COMMAND, "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False, env=ONE_THREAD, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert files(tmp_path) == files(unbroken)
+    assert table(tmp_path) == table(unbroken)
+
+
+def test_the_numbers_are_those_of_a_few_lines(unbroken):
+    """Similarities from the pictures by numpy alone, and the page's mean of them."""
+    means = {}
+    training = [np.asarray(image, float) for _, image in demo.memorized()]
+    for row in table(unbroken):
+        picture, plain = (
+            np.asarray(Image.open(unbroken / "images" / folder / f"{row['prompt_id']}_{row['seed']}.png"), float)
+            for folder in (method(row["method"]).folder, "none")
+        )
+        for other, column in (
+            (plain, "pixels_to_unmitigated"),
+            (training[int(row["prompt_id"])], "pixels_to_reference"),
+        ):
+            expected = np.corrcoef(picture.ravel(), other.ravel())[0, 1]
+            assert float(row[column]) == pytest.approx(expected, abs=1e-5)
+        means.setdefault(row["method"], []).append(float(row["pixels_to_unmitigated"]))
+    page = (unbroken / "report.html").read_text()
+    for values in means.values():
+        assert f"{np.mean(values):.3f} (" in page
+
+
+def test_unmitigated_is_unpatched(unbroken):
+    """The pictures under "none" are those of a pipeline that memkern never touched."""
+    pipe = demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    caption = demo.memorized()[0][0]
+    generator = torch.Generator("cpu").manual_seed(1)
+    expected = pipe(caption, generator=generator, num_inference_steps=2, guidance_scale=7.5).images[0]
+    found = Image.open(unbroken / "images" / "none" / "0000_1.png")
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", ["random-tokens:3", "random-numbers", "late-guidance:0.5", "wen:1"])
+def test_alternatives_do_something(name, tmp_path):
+    run(tmp_path, policies=[name], seeds=[0], limit=1, steps=3)
+    by_method = {row["method"]: row for row in table(tmp_path)}
+    assert float(by_method[name]["pixels_to_unmitigated"]) < 0.999
+
+
+def test_random_additions_are_the_prompts_own():
+    first, again, other = (method("random-numbers:4").prompt("a cat on a mat", key) for key in ("0", "0", "1"))
+    assert first == again != other
+    assert [word for word in first.split() if not word.isdigit()] == ["a", "cat", "on", "a", "mat"]
+    assert len(first.split()) == 9
+
+
+def test_summaries():
+    summary = Summary.of([[0.0, 1.0], [], [0.4]])
+    assert summary.mean == pytest.approx(0.45)
+    assert summary.above == pytest.approx(1 / 3)
+    assert summary.low <= summary.mean <= summary.high
+    assert Summary.of([[], []]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options", "expected"),
+    [
+        ("a cat\n\na dog\n", "x.txt", {}, [("a cat", None), ("a dog", None)]),
+        ("Caption,image\na cat,1.png\n", "x.csv", {}, [("a cat", "1.png")]),
+        ('{"text": "a cat", "url": "2.jpg"}\n"a dog"\n', "x.jsonl", {}, [("a cat", None), ("a dog", None)]),
+        ("prompt,mine\na cat,3.png\n", "x.csv", {"references": "mine"}, [("a cat", "3.png")]),
+        ("a\nb\nc\n", "x.txt", {"limit": 2}, [("a", None), ("b", None)]),
+    ],
+)
+def test_prompts(tmp_path, text, name, options, expected):
+    (tmp_path / name).write_text(text)
+    found = audit.read_prompts(tmp_path / name, **options)
+    assert [(p.text, None if p.reference is None else p.reference.name) for p in found] == expected
+    assert [p.id for p in found] == [f"{i:04d}" for i in range(len(found))]
+
+
+def test_references_in_a_folder_and_one_that_is_no_image(tmp_path, capsys):
+    folder = tmp_path / "references"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "0000.png")
+    (folder / "1.jpg").write_text("not an image")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    audit.run(out=tmp_path / "out", prompts=tmp_path / "prompts.txt", references=str(folder), policies=[], steps=1)
+    assert "1 references are no images and were skipped: " in capsys.readouterr().out
+    assert [bool(row["pixels_to_reference"]) for row in table(tmp_path / "out")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "nowhere.txt"], "prompts: there is no file nowhere.txt"),
+        (["--prompts", "{here}/x.pdf"], "prompts: expected a .txt, .csv or .jsonl file, got x.pdf"),
+        (["--prompts", "{here}/empty.txt"], "empty.txt has none"),
+        (["--prompts", "{here}/x.csv"], "has no column prompt or caption or text; it has a, b"),
+        (["--prompts", "{here}/y.csv", "--references", "nope"], "'nope' is neither a folder nor a column of"),
+        (["--prompts", "{here}/bad.jsonl"], "bad.jsonl, line 1 is not JSON"),
+        (["--policies", "zero-everything"], "unknown preset 'zero-everything'"),
+        (["--policies", "random-tokens:many"], "random-tokens:many: expected a number after the colon, got 'many'"),
+        (["--sscd", "{here}/x.pdf"], "x.pdf is no TorchScript model"),
+        (["--sscd", "{here}/none.pt"], "sscd: there is no file"),
+        (["--model", "{here}", "--limit", "1"], "prompts: a file of prompts is needed"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, arguments, message):
+    for name, text in (
+        ("x.pdf", "pdf"),
+        ("empty.txt", "\n"),
+        ("x.csv", "a,b\n1,2\n"),
+        ("y.csv", "prompt\na\n"),
+        ("bad.jsonl", "{"),
+    ):
+        (tmp_path / name).write_text(text)
+    given = [argument.format(here=tmp_path) for argument in arguments]
+    assert main(["audit", *given, "--steps", "1", "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_another_audit_in_the_folder(unbroken):
+    with pytest.raises(ValueError, match="holds an audit with other steps, guidance; take another folder"):
+        run(unbroken, steps=3, guidance=1.5)
+
+
+def test_a_full_disk_keeps_what_was_made(tmp_path, monkeypatch):
+    saved = Image.Image.save
+    count = iter(range(100))
+
+    def full(self, path, *args, **options):
+        if next(count) == 2:
+            raise OSError(28, "No space left on device")
+        return saved(self, path, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left on device; what was made stays, run again to go on"):
+        run(tmp_path)
+    assert len(files(tmp_path)) == 2
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+class Describer(torch.nn.Module):
+    """Stands in for SSCD: the mean colour of each quarter."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(1)
+
+
+def test_copy_detection_by_torchscript(tmp_path):
+    weights = tmp_path / "sscd.pt"
+    torch.jit.trace(Describer(), torch.rand(1, 3, 288, 288)).save(str(weights))
+    run(tmp_path / "out", sscd=weights, policies=["zero-pad:1"], limit=1)
+    rows = table(tmp_path / "out")
+    assert all(float(row["sscd_to_unmitigated"]) == pytest.approx(1) for row in rows if row["method"] == "none")
+    assert all(-1 <= float(row["sscd_to_reference"]) <= 1 for row in rows)
+    assert "published: SSCD / CLIP" not in (tmp_path / "out" / "report.html").read_text()
