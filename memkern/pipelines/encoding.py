@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..roles import padding_positions, token_roles
+from ..roles import Role, empty_roles, padding_positions, token_roles
 from .slots import Slot, Vocabulary
 
 
@@ -66,6 +66,35 @@ class Encoding:
         )
         self.calls.append(Encoded(slot, roles, padding))
         return input_ids.masked_fill(padding.reshape(input_ids.shape).to(input_ids.device), pad_with)
+
+    def last(self, slot: Slot, windows: int) -> Encoded:
+        """What was encoded last by an encoder; of several windows, all that it was called with.
+
+        Raises:
+            ValueError: it was not called, or not once for each window.
+        """
+        calls = [call for call in self.calls if call.slot == slot]
+        if not calls:
+            raise ValueError(f"embeds: {slot.encoder} has not been called inside patch.encoding")
+        if windows <= 1 or calls[-1].roles.shape[1] == windows * self.words[slot][0].context_length:
+            return calls[-1]
+        if len(calls) != windows or len({call.roles.shape for call in calls}) > 1:
+            raise ValueError(
+                f"embeds: {windows} windows, and {slot.encoder} was called {len(calls)} times, so it is not known "
+                "which call made which; say which ids they are of: edited(embeds, input_ids)"
+            )
+        roles, reembedded = (torch.cat([getattr(call, name) for call in calls], 1) for name in ("roles", "reembedded"))
+        return Encoded(slot, roles, reembedded)
+
+    def given(self, slot: Slot, input_ids: torch.Tensor, windows: int) -> Encoded:
+        """What ids `[B, L]` say of so many windows; those behind them are an empty prompt's."""
+        words, pad_with = self.words[slot]
+        ids = input_ids.detach().to("cpu", torch.int64)
+        roles = token_roles(ids, eos_token_id=words.eos_token_id, context_length=words.context_length)
+        more = [empty_roles(len(ids), words.context_length)] * (windows - ids.shape[1] // words.context_length)
+        roles = torch.cat([roles, *more], 1)
+        swapped = pad_with is not None and pad_with != words.pad_token_id
+        return Encoded(slot, roles, (roles == Role.PAD) & swapped)
 
     def _attention_mask(self, ids: torch.Tensor) -> torch.Tensor | None:
         """The tokenizer's mask of exactly these ids, from its last call that made them."""

@@ -302,7 +302,7 @@ class Patch:
             attributes.update(tokenizers)
 
     @contextmanager
-    def encoding(self, branch: Branch = "cond") -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    def encoding(self, branch: Branch = "cond") -> Iterator[Callable[..., torch.Tensor]]:
         """Direct text-encoder calls inside count as encoding prompts of `branch`: their pads are swapped.
 
         Yields:
@@ -313,17 +313,22 @@ class Patch:
                 with patch.encoding("cond") as edited:
                     embeds = pipe.text_encoder(input_ids)[0]
                     embeds = edited(embeds)
+
+            Embeddings of several windows, as compel and sd_embed make them, were made by a call for each. Where there
+            were others in between (weighted words), say which ids they are of: `edited(embeds, input_ids)`, ids
+            `[B, L]`; windows behind those are taken as empty prompts', which fill up the shorter of two prompts.
         """
         if branch not in BRANCHES:
             raise ValueError(f"branch: expected one of {', '.join(BRANCHES)}, got {branch!r}")
         with self.observing(self.policy.reembed_pads) as seen:
 
-            def edited(embeds: torch.Tensor) -> torch.Tensor:
-                last = {call.slot: call for call in seen.calls}
-                missing = [slot.encoder for slot in slots(self.pipe) if slot not in last]
-                if missing:
-                    raise ValueError(f"embeds: {', '.join(missing)} has not been called inside patch.encoding")
-                return edit_rows(self, embeds, [last[slot] for slot in slots(self.pipe)], branch)
+            def edited(embeds: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+                windows = embeds.shape[1] // self.context_length
+                if input_ids is None:
+                    calls = [seen.last(slot, windows) for slot in slots(self.pipe)]
+                else:
+                    calls = [seen.given(slot, input_ids, windows) for slot in slots(self.pipe)]
+                return edit_rows(self, embeds, calls, branch)
 
             yield edited
 

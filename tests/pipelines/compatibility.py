@@ -65,25 +65,29 @@ def verdict(make, companion) -> str:
     return "works" if torch.allclose(family(steps=3, **options), edited, rtol=1e-3, atol=1e-3) else "kv differs"
 
 
-def table(tokenizers) -> str:
-    """Markdown."""
-    families = {**sd_families(tokenizers), **sdxl_families(tokenizers)}
+def render(rows: dict[str, list[str]]) -> str:
+    """Markdown of pipeline → cells; the reasons of refusals are notes below."""
     lines = [
         "# What works with what",
         "",
         "Made by `python tests/pipelines/compatibility.py` with tiny pipelines of real parts. *works*: with edits off",
         "the image is the unpatched one's, with edits on it changes, and the kv stage gives the image of the embeds",
-        "stage. *kv refused*: policies that edit embeddings work; those of keys and values are refused, and why.",
+        "stage. With a note: policies that edit embeddings work; those of keys and values are refused, and why below.",
         "–: the pipeline does not have it.",
         "",
         f"| pipeline | alone | {' | '.join(COMPANIONS)} |",
         f"| --- |{' --- |' * (1 + len(COMPANIONS))}",
     ]
-    for name, make in families.items():
-        cells = [verdict(make, companion) for companion in (None, *COMPANIONS.values())]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+    notes: list[str] = []
+    for name, cells in rows.items():
+        shown = []
+        for cell in cells:
+            what, _, reason = cell.partition("; kv refused: ")
+            if reason and reason not in notes:
+                notes.append(reason)
+            shown.append(f"{what} [{notes.index(reason) + 1}]" if reason else what)
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]) + "\n"
 
 
 def main() -> None:
@@ -93,7 +97,11 @@ def main() -> None:
     tokens, merges = clip_vocabulary()
     tokenizers = {"sd1": clip_tokenizer(tokens, merges), "sd2": clip_tokenizer(tokens, merges, pad_token="!")}
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(table(tokenizers), encoding="utf-8")
+    rows = {}
+    for name, make in {**sd_families(tokenizers), **sdxl_families(tokenizers)}.items():
+        rows[name] = [verdict(make, companion) for companion in (None, *COMPANIONS.values())]
+        print(name, rows[name], flush=True)
+    TABLE.write_text(render(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
