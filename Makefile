@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-PYTEST = $(BIN)/python -m pytest
+# A process per core: most tests are of one thread.
+PYTEST = $(BIN)/python -m pytest -n auto
 CXX_FILES = $(shell find csrc tests/host_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 # What `make test` leaves to a process of its own, or to a machine with a GPU.
 LAYERS = interpreter or aot or host_cuda or gpu
 
-.PHONY: demo test test-slow test-plain test-layers gpu bench lint format clean
+.PHONY: demo test test-slow test-plain test-layers test-matrix gpu bench lint format clean
 
 demo: $(READY)
 	$(BIN)/memkern demo
@@ -33,6 +34,10 @@ test-layers: test-plain
 	$(PYTEST) -m "($(SPEED)) and host_cuda"
 	@echo "layer: gpu, which make gpu runs where there is a card"
 	$(PYTEST) -m "($(SPEED)) and gpu"
+
+# The oldest versions of diffusers and transformers that are supported.
+test-matrix:
+	PYTHON=$(PYTHON) tests/matrix.sh
 
 # On a machine with an NVIDIA GPU: tests, benchmarks and their table.
 gpu: $(READY)

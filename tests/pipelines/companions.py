@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 
+import diffusers
 import torch
+from packaging.version import Version
 from peft import LoraConfig
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -97,6 +99,9 @@ COMPANIONS = {
     "attention slicing": slicing,
     "fused QKV": fused_qkv,
     "sequential offload": sequential_offload,
-    "group offload": group_offload,
     "torch.compile of the UNet": compiled,
 }
+GROUP_OFFLOAD_ON_CPU = Version(diffusers.__version__) >= Version("0.42")
+"""Older versions of diffusers need an accelerator for it."""
+if GROUP_OFFLOAD_ON_CPU:
+    COMPANIONS["group offload"] = group_offload

@@ -188,8 +188,24 @@ def sd_families(tokenizers) -> dict[str, Any]:
         ).eval()  # fmt: skip
         return Family("AnimateDiffPipeline", build(d.AnimateDiffPipeline, parts, motion_adapter=adapter), num_frames=3)
 
+    def depth():
+        parts = _sd(tokenizers)
+        torch.manual_seed(0)
+        parts["unet"] = unet(32, in_channels=5)
+        pipe = build(d.StableDiffusionDepth2ImgPipeline, parts)
+        return Family("StableDiffusionDepth2ImgPipeline", pipe, image=image(), depth_map=torch.rand(1, SIZE, SIZE))
+
+    def upscale():
+        parts = _sd(tokenizers)
+        torch.manual_seed(0)
+        parts["unet"] = unet(32, in_channels=7, num_class_embeds=1000)
+        pipe = build(d.StableDiffusionUpscalePipeline, parts, low_res_scheduler=d.DDPMScheduler())
+        return Family("StableDiffusionUpscalePipeline", pipe, image=image()[..., :8, :8], noise_level=20)
+
     return {
         "StableDiffusionPipeline": plain(d.StableDiffusionPipeline),
+        "StableDiffusionDepth2ImgPipeline": depth,
+        "StableDiffusionUpscalePipeline": upscale,
         "StableDiffusionImg2ImgPipeline": plain(d.StableDiffusionImg2ImgPipeline, image=image()),
         "StableDiffusionInpaintPipeline": plain(d.StableDiffusionInpaintPipeline, image=image(), mask_image=mask()),
         "StableDiffusionInstructPix2PixPipeline": other_unet(pix2pix, 8, image=image()),
@@ -258,8 +274,15 @@ def sdxl_families(tokenizers) -> dict[str, Any]:
 
         return make
 
+    def turbo():
+        made = parts()
+        made["scheduler"] = d.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")
+        pipe = build(d.StableDiffusionXLPipeline, made)
+        return Family("StableDiffusionXLPipeline, Turbo", pipe, guidance_scale=0.0)
+
     return {
         "StableDiffusionXLPipeline": plain(d.StableDiffusionXLPipeline),
+        "StableDiffusionXLPipeline, Turbo": turbo,
         "StableDiffusionXLImg2ImgPipeline": plain(d.StableDiffusionXLImg2ImgPipeline, image=image()),
         "StableDiffusionXLInpaintPipeline": plain(
             d.StableDiffusionXLInpaintPipeline, image=image(), mask_image=mask(), height=SIZE, width=SIZE

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from companions import COMPANIONS, compiled, ip_adapter, lora, slicing, textual_inversion
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from families import Family, sd_families
 
@@ -328,6 +328,14 @@ def test_d9_the_attention_function_of_torch_is_the_same(ours):
     memkern.patch(ours.pipe, "ren:1.25")
     ours()
     assert torch.nn.functional.scaled_dot_product_attention is function
+
+
+@pytest.mark.skipif(not hasattr(UNet2DConditionModel, "set_attention_backend"), reason="diffusers is older than that")
+def test_an_attention_backend_chosen_after_patching(ours, plain):
+    expected = edited_by_hand(plain, "zero-pad:0.7", steps=3)
+    memkern.patch(ours.pipe, "zero-pad:0.7")
+    ours.pipe.unet.set_attention_backend("native")
+    close(ours(steps=3), expected)
 
 
 def test_d18_the_kv_stage_breaks_a_graph(ours, plain):

@@ -10,6 +10,7 @@ import memkern
 
 SD = list(sd_families({}))
 SDXL = list(sdxl_families({}))
+ONE_PICTURE = ("StableDiffusionAdapterPipeline", "StableDiffusionUpscalePipeline")
 PLAIN_UNET = [name for name in (*SD, *SDXL) if name != "StableDiffusion3Pipeline"]
 
 
@@ -49,8 +50,8 @@ def test_policies_are_applied_and_taken_back(family, policy):
 
 @pytest.mark.parametrize("family", PLAIN_UNET, indirect=True)
 def test_the_kv_stage_gives_the_image_of_the_embeds_stage(family):
-    # A T2I-Adapter takes as many pictures as prompts.
-    prompts = ["a cat", "a photograph of a red house"][: 1 if "Adapter" in family.name else 2]
+    # Some take as many pictures as prompts.
+    prompts = ["a cat", "a photograph of a red house"][: 1 if family.name in ONE_PICTURE else 2]
     pictures = []
     for stage in ("embeds", "kv"):
         memkern.patch(family.pipe, "zero-pad:0.7", stage=stage)
