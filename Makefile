@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-# A process per core: most tests are of one thread.
-PYTEST = $(BIN)/python -m pytest -n auto
+# Processes beside each other: most tests are of one thread.
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+PYTEST = $(BIN)/python -m pytest -n $(JOBS)
 CXX_FILES = $(shell find csrc tests/host_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 # What `make test` leaves to a process of its own, or to a machine with a GPU.

@@ -108,7 +108,7 @@ def noise_magnitude(pipe: Any) -> Iterator[Callable[[], float | None]]:
     def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         sample = output[0]
         if sample.shape[0] == 2:
-            found.append((sample[1] - sample[0]).float().norm())
+            found.append((sample[1] - sample[0]).detach().float().norm())
 
     unet = getattr(pipe, "unet", None)
     handle = None if unet is None else unet.register_forward_hook(after)

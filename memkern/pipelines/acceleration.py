@@ -97,6 +97,9 @@ class Acceleration:
         """A copy knows no contexts: those of the original are other tensors."""
         return Acceleration(self.backend)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Acceleration, (self.backend,)
+
     def clear(self) -> None:
         """Forget every context, and what was done with them."""
         self._contexts.clear()

@@ -141,6 +141,9 @@ class Patch:
 
     def begin(self) -> None:
         """A new prompt: forget the last one, and see whether what was put in place is there."""
+        if self.sites is None and (self.accelerate or self.stage == "kv"):
+            self._set(**self.settings)  # a copy of a patched pipeline
+            self._accelerate()
         self.acceleration.clear()
         self.encodings.clear()
         self.prompt_number += 1

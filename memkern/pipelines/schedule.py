@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +33,8 @@ class UNetHook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing
 
-    def __reduce__(self) -> str:
-        return "_nothing"
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (_nothing,)
 
 
 def position(timestep: Any, timesteps: torch.Tensor | None) -> float | None:

@@ -26,7 +26,7 @@ def roots(pipe: Any, *, controlnet: bool) -> Roots:
     if isinstance(net, torch.nn.Module):
         nets = getattr(net, "nets", None)
         found |= {"controlnet:": net} if nets is None else {f"controlnet:{i}:": one for i, one in enumerate(nets)}
-    return found
+    return {prefix: unwrapped(module) for prefix, module in found.items()}
 
 
 class Sites:
@@ -52,9 +52,13 @@ class Sites:
                 self.left[name] = type(former).__name__
         if self._placed and acceleration.stage is not None:
             hook = UNetHook(acceleration, scheduler)
-            self._handles = [
-                unwrapped(module).register_forward_pre_hook(hook, with_kwargs=True) for module in roots.values()
-            ]
+            self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in roots.values()]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied pipeline has none yet: they are put into its own UNet with its next prompt."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
     @property
     def in_steps(self) -> bool:

@@ -8,11 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from diffusers.pipelines.ddpm import DDPMPipeline
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from memkern import audit, demo
 from memkern.audit import pictures
@@ -258,3 +262,66 @@ def test_copy_detection_by_torchscript(tmp_path):
     assert all(float(row["sscd_to_unmitigated"]) == pytest.approx(1) for row in rows if row["method"] == "none")
     assert all(-1 <= float(row["sscd_to_reference"]) <= 1 for row in rows)
     assert "published: SSCD / CLIP" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def tiny_clip(folder):
+    """A CLIP model of two layers with random weights, as a folder."""
+    pipe = demo.load()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": len(pipe.tokenizer), "eos_token_id": pipe.tokenizer.eos_token_id},
+        vision_config={**sizes, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=images, tokenizer=pipe.tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_score_and_the_published_row(tmp_path):
+    """With both metrics the page has the paper's numbers beside the user's."""
+    weights = tmp_path / "sscd.pt"
+    torch.jit.trace(Describer(), torch.rand(1, 3, 288, 288)).save(str(weights))
+    run(tmp_path / "out", sscd=weights, clip=tiny_clip(tmp_path / "clip"), policies=["zero-pad:0.7"], limit=1)
+    assert all(-1 <= float(row["clip_score"]) <= 1 for row in table(tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "published: SSCD / CLIP" in page
+    assert "<td>0.10 / 0.31</td>" in page
+    assert page.count("data:image/png;base64,") == 2
+
+
+def test_a_model_that_cannot_be_patched(tmp_path, capsys):
+    pipe = demo.load()
+    DDPMPipeline(pipe.unet, pipe.scheduler).save_pretrained(tmp_path / "ddpm")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    given = [
+        "--model",
+        str(tmp_path / "ddpm"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(["audit", *given]) == 1
+    assert "model: DDPMPipeline cannot be patched: it has no text_encoder" in capsys.readouterr().err
+
+
+def test_a_killed_worker_of_two(unbroken, tmp_path):
+    """One of two processes dies; what both made stays, and the next run ends with the same table."""
+    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), *COMMAND, "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD,
+    )  # fmt: skip
+    while launcher.poll() is None and len(list(tmp_path.rglob("*_*.png"))) < 2:
+        time.sleep(0.05)
+    workers = psutil.Process(launcher.pid).children() if launcher.poll() is None else []
+    for worker in workers[:1]:
+        worker.kill()
+    launcher.wait(timeout=120)
+    run(tmp_path)
+    assert {k: v for k, v in files(tmp_path).items() if "partial" not in k} == files(unbroken)
+    assert table(tmp_path) == table(unbroken)

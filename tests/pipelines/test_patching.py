@@ -165,9 +165,26 @@ def test_many_prompts_leave_nothing_behind(sd1):
     assert first() is None
 
 
-@pytest.mark.parametrize(
+CLONES = pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["deepcopy", "pickle"]
 )
+
+
+@CLONES
+@pytest.mark.parametrize("policy", ["zero-pad:0.7", "ren:1.25"])
+def test_copies_make_the_same_images(sd1, clone, policy):
+    """At the kv stage too: what edits keys and values is put into the copy's own UNet."""
+    memkern.patch(sd1, policy)
+    expected = image(sd1)
+    other = clone(sd1)
+    assert np.array_equal(image(other), expected)
+    memkern.unpatch(sd1)
+    assert np.array_equal(image(other), expected)
+    memkern.unpatch(other)
+    assert np.array_equal(image(other), image(sd1))
+
+
+@CLONES
 def test_copies_are_patched_by_themselves(sd1, clone):
     memkern.patch(sd1, "zero-pad:0.7")
     context = context_of(sd1, "a cat")
