@@ -11,7 +11,7 @@ SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 # What `make test` leaves to a process of its own, or to a machine with a GPU.
 LAYERS = interpreter or aot or host_cuda or gpu
 
-.PHONY: demo test test-slow test-plain test-layers test-matrix gpu bench lint format clean
+.PHONY: demo test test-slow test-plain test-layers test-matrix fuzz sanitize gpu bench lint format clean
 
 demo: $(READY)
 	$(BIN)/memkern demo
@@ -30,11 +30,20 @@ test-layers: test-plain
 	@echo "layer: interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -m "($(SPEED)) and interpreter"
 	@echo "layer: aot"
-	$(PYTEST) -m "($(SPEED)) and aot"
+	$(PYTEST) -n 0 -m "($(SPEED)) and aot"
 	@echo "layer: host_cuda"
 	$(PYTEST) -m "($(SPEED)) and host_cuda"
 	@echo "layer: gpu, which make gpu runs where there is a card"
 	$(PYTEST) -m "($(SPEED)) and gpu"
+
+# Operators, plans and pipelines on drawn input; what failed is kept in .hypothesis and tried first.
+EXAMPLES ?= 2000
+fuzz: $(READY)
+	MEMKERN_EXAMPLES=$(EXAMPLES) $(PYTEST) tests/fuzz
+
+# The C++ of the CPU under the address and undefined-behaviour sanitizers, by the operators' tests.
+sanitize: $(READY)
+	BIN=$(abspath $(BIN)) tests/sanitize.sh
 
 # The oldest versions of diffusers and transformers that are supported.
 test-matrix:

@@ -11,6 +11,7 @@ copies apart where two pictures show the same thing in the same place.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def main() -> None:
     for name, policy in tqdm(ABLATIONS.items(), unit="ablation"):
         rows = paint(pipe, policy, prompts, seeds, options)
         add(name, policy, rows)
-        columns.append(name.replace(" ", "\n", 1))
+        columns.append("\n".join(textwrap.wrap(name, 12)))
         for cells, row in zip(grid, rows, strict=True):
             cells.append(row[0])
     arguments.out.mkdir(parents=True, exist_ok=True)

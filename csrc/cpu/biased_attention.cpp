@@ -109,7 +109,7 @@ Tensor biased_attention(Tensor q, Tensor k, Tensor v, Tensor bias, double scale)
   for (const Tensor* rows : {&k, &v}) {
     STD_TORCH_CHECK(rows->dim() == 4 && rows->is_cpu() && rows->scalar_type() == q.scalar_type() &&
                         rows->size(0) == batch && rows->size(1) == heads && rows->size(2) == k.size(2) &&
-                        rows->size(3) == width && (width <= 1 || rows->stride(3) == 1),
+                        rows->size(3) == width && (width <= 1 || rows->numel() == 0 || rows->stride(3) == 1),
                     "k, v: expected [B, H, n, D] of q's dtype with a dense last dimension");
   }
   STD_TORCH_CHECK(bias.dim() == 3 && bias.is_cpu() && bias.scalar_type() == ScalarType::Float &&
