@@ -2,7 +2,8 @@
 
 from .instance import Patch
 from .patching import patch, patched, status, unpatch
-from .probe import Probe, probe
+from .probe import probe
+from .record import Probe
 from .report import Support
 from .report import report as support
 from .status import PromptStatus, Status
