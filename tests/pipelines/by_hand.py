@@ -9,6 +9,22 @@ from __future__ import annotations
 import torch
 
 SWAPS = ("swap-pad-zero-eot", "swap-pad")
+PRESETS = [
+    "swap-pad-zero-eot",
+    "swap-pad",
+    "zero-pad:0.7",
+    "zero-pad:0.4",
+    "zero-pad:1",
+    "zero-eot",
+    "zero-eot-pad",
+    "zero-prompt",
+    "prompt-from-eot",
+    "pad-from-eot",
+    "prompt-pad-from-eot",
+    "prompt-eot-from-pad",
+    "none",
+]
+"""Those that edit embeddings."""
 
 
 def tokenize(tokenizer, prompts, swap):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from by_hand import PRESETS
 from diffusers.models.attention_processor import AttnProcessor2_0
 from kv_by_hand import guard, install, ren, roles_of, zero_pads
 
@@ -15,19 +16,6 @@ from memkern.pipelines.sites import cross_attention_layers
 from memkern.policy import attenuate, exclude, logit_bias, logit_scale, replace, strength, zero
 from memkern.testing import tiny_pipeline
 
-PRESETS = [
-    "swap-pad-zero-eot",
-    "swap-pad",
-    "zero-pad:0.7",
-    "zero-eot",
-    "zero-eot-pad",
-    "zero-prompt",
-    "prompt-from-eot",
-    "pad-from-eot",
-    "prompt-pad-from-eot",
-    "prompt-eot-from-pad",
-    "none",
-]
 PROMPTS = ["a cat", "a photograph of an astronaut riding a horse on the moon"]
 
 

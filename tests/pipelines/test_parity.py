@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import context
+from by_hand import PRESETS, context
 from prompts import published_prompts
 from unet_input import context_of
 
 import memkern
-
-PRESETS = [
-    "swap-pad-zero-eot",
-    "swap-pad",
-    "zero-pad:0.7",
-    "zero-pad:0.4",
-    "zero-pad:1",
-    "zero-eot",
-    "zero-eot-pad",
-    "zero-prompt",
-    "prompt-from-eot",
-    "pad-from-eot",
-    "prompt-pad-from-eot",
-    "prompt-eot-from-pad",
-    "none",
-]
 
 PROMPTS = [
     "a photograph of an astronaut riding a horse",
