@@ -11,7 +11,7 @@ SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 # What `make test` leaves to a process of its own, or to a machine with a GPU.
 LAYERS = interpreter or aot or host_cuda or gpu
 
-.PHONY: demo test test-slow test-plain test-layers test-matrix fuzz sanitize gpu bench lint format clean
+.PHONY: demo test test-slow test-plain test-layers test-matrix fuzz sanitize gpu bench wheel lint format clean
 
 demo: $(READY)
 	$(BIN)/memkern demo
@@ -58,6 +58,12 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json benchmarks/results.md
 
+# An sdist, and a wheel of the stable ABIs of Python and torch: one for Python 3.10 and later, torch 2.11 and later.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python setup.py -q sdist --dist-dir dist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,7 +76,7 @@ format: $(READY)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build memkern/*.so memkern/build.json
+	rm -rf $(VENV) build dist memkern/*.so memkern/build.json
 
 $(READY): requirements-dev.txt requirements-vocabulary.txt $(SOURCES)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "memkern needs Python 3.10 or newer"'
