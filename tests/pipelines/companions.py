@@ -70,8 +70,9 @@ def textual_inversion(pipe, vectors=4):
 def sequential_offload(pipe):
     from accelerate import cpu_offload
 
-    for part in ("vae", "text_encoder", "unet"):
-        cpu_offload(getattr(pipe, part), torch.device("cpu"), offload_buffers=True)
+    for part in ("vae", "text_encoder", "text_encoder_2", "unet"):
+        if getattr(pipe, part, None) is not None:
+            cpu_offload(getattr(pipe, part), torch.device("cpu"), offload_buffers=True)
     return {}
 
 

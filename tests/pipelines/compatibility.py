@@ -47,7 +47,7 @@ def verdict(make, companion) -> str:
             options = companion(family.pipe)
             expected = family(steps=3, **options)
         except Exception as error:
-            return f"– (diffusers: {type(error).__name__})"
+            return f"not run ({type(error).__name__} unpatched)"
     else:
         options, expected = {}, family(steps=3)
     memkern.patch(family.pipe, "none")
@@ -73,7 +73,7 @@ def render(rows: dict[str, list[str]]) -> str:
         "Made by `python tests/pipelines/compatibility.py` with tiny pipelines of real parts. *works*: with edits off",
         "the image is the unpatched one's, with edits on it changes, and the kv stage gives the image of the embeds",
         "stage. With a note: policies that edit embeddings work; those of keys and values are refused, and why below.",
-        "–: the pipeline does not have it.",
+        "–: the pipeline does not have it. *not run*: the unpatched pipeline does not run with what the test gives it.",
         "",
         f"| pipeline | alone | {' | '.join(COMPANIONS)} |",
         f"| --- |{' --- |' * (1 + len(COMPANIONS))}",
