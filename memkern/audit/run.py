@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ def _place() -> tuple[int, int]:
     """This process's number, and how many there are."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        # The others wait for the slowest, which may be long.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     return int(os.environ.get("RANK", "0")), world
 
 

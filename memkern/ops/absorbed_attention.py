@@ -111,16 +111,9 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-def _on_cpu(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    bias: torch.Tensor,
-    vo: torch.Tensor,
-    out_bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
+def _on_cpu(x: torch.Tensor, *others: Any) -> torch.Tensor:
     served = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return (cpu.absorbed_attention if served else _reference)(x, a, bias, vo, out_bias, residual)
+    return (cpu.absorbed_attention if served else _reference)(x, *others)
 
 
 _operator = register(

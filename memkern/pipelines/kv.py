@@ -111,11 +111,12 @@ def edited(
         v = v if v_shift is None else v + v_shift
         return keys.rows(k), keys.rows(v)
 
-    moved = tuple(
-        Attenuation(part.factor, part.threshold, keys.rows(part.selected.to(context.device).unsqueeze(-1)).squeeze(-1))
-        for part in attenuation
-    )
-    return Source(keys, context.shape[1], project, moved, edited=True)
+    moved = []
+    for part in attenuation:
+        selected = part.selected.to(context.device).gather(1, keys.index)
+        # What pads the keys stands for none of them, and is not judged among them.
+        moved.append(Attenuation(part.factor, part.threshold, selected & (keys.bias != -torch.inf)))
+    return Source(keys, context.shape[1], project, tuple(moved), edited=True)
 
 
 def _alive(reference: weakref.ref[torch.Tensor]) -> torch.Tensor:
@@ -157,6 +158,11 @@ class KVStage:
     position: float | None = None
     sample: tuple[int, int] | None = None
     _subsets: dict[Active, Policy] = field(default_factory=dict)
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether an edit has a window of steps."""
+        return any(edit.steps is not None for edit in self.policy.edits)
 
     def active(self, name: str, queries: int) -> Active:
         """The edits in force in the layer `name` at this step."""

@@ -22,15 +22,15 @@ from ..plan import Plan
 from ..roles import Role
 from ..windows import layer_size
 from .instance import Patch, find
-from .kv import Source, edited
+from .kv import Active, KVStage, Source, edited
 from .patching import patch
 from .paths import split_heads
 from .record import Probe, Record
 from .rows import Rows, recognise
 from .sites import cross_attention_layers, unwrapped
 
-BLOCK_BYTES = 1 << 25
-"""Of probabilities, float32: they are made for that many queries at a time and never for a whole layer."""
+BLOCK_BYTES = 1 << 21
+"""Of probabilities, float32: they are made for that many queries at a time, and for no more."""
 
 
 class LayerHook:
@@ -58,6 +58,7 @@ class Recorder:
         self.step, self.prompt = -1, patched.prompt_number
         self.sample: tuple[int, int] | None = None
         self._last: tuple[weakref.ref[torch.Tensor], int | None, Rows] | None = None
+        self._sources: dict[Active, Source] = {}
         unet = patched.pipe.unet
         layers = cross_attention_layers(unet)
         first = layers[0][0].split(".")[:2] if layers else []
@@ -77,9 +78,7 @@ class Recorder:
         """Compute and keep the mass of one call of a layer."""
         stage, rows = self.patch.watching, self._rows(context)
         roles = stage.roles(rows, context.shape[1])
-        source = stage.source(context, rows, stage.active(name, x.shape[1]), "torch", coalesced=False)
-        if source is None:
-            source = edited(context, Plan.identity(*context.shape[:2]), backend="torch", coalesced=False)
+        source = self._source(stage, context, rows, stage.active(name, x.shape[1]))
         size = layer_size(x.shape[1], self.sample) if mapped else None
         mass, on_eot = attention_mass(attn, x, source, None if size is None else roles == Role.EOT)
         positions = torch.zeros(context.shape[:2], device=mass.device).scatter_add_(1, source.keys.index, mass)
@@ -90,7 +89,17 @@ class Recorder:
         version = None if context.is_inference() else context._version
         if self._last is None or self._last[0]() is not context or self._last[1] != version:
             self._last = weakref.ref(context), version, recognise(context, self.patch.encodings)
+            self._sources.clear()
         return self._last[2]
+
+    def _source(self, stage: KVStage, context: torch.Tensor, rows: Rows, active: Active) -> Source:
+        """What layers attend to under the edits `active`, every key for itself; once per context."""
+        if active not in self._sources:
+            found = stage.source(context, rows, active, "torch", coalesced=False)
+            if found is None:
+                found = edited(context, Plan.identity(*context.shape[:2]), backend="torch", coalesced=False)
+            self._sources[active] = found
+        return self._sources[active]
 
     def remove(self) -> None:
         """Take the hooks out."""

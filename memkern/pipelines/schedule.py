@@ -28,7 +28,8 @@ class UNetHook:
                 for place, name in enumerate(("sample", "timestep"))
             )
             stage.sample = None if sample is None else tuple(sample.shape[-2:])
-            stage.position = position(timestep, getattr(self.scheduler(), "timesteps", None))
+            if stage.follows_steps:
+                stage.position = position(timestep, getattr(self.scheduler(), "timesteps", None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing

@@ -23,6 +23,8 @@ import memkern  # noqa: E402
 from memkern.testing import clip_tokenizer  # noqa: E402
 
 TABLE = HERE.parents[1] / "docs" / "compatibility.md"
+README = HERE.parents[1] / "README.md"
+MARKS = "<!-- made by tests/pipelines/compatibility.py -->", "<!-- until here -->"
 NOT_APPLICABLE = "–"
 
 
@@ -90,8 +92,28 @@ def render(rows: dict[str, list[str]]) -> str:
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]) + "\n"
 
 
+def summary(rows: dict[str, list[str]]) -> str:
+    """Markdown for the README: of each pipeline the stages, and the companions that it was run with."""
+    lines = ["| pipeline | stages | run with |", "| --- | --- | --- |"]
+    for name, (alone, *cells) in rows.items():
+        run = [companion for companion, cell in zip(COMPANIONS, cells, strict=True) if cell.startswith("works")]
+        stages = "embeds" if "kv refused" in alone else "embeds, kv"
+        lines.append(
+            f"| {name} | {stages} | {(', '.join(run) or NOT_APPLICABLE) if len(run) < len(COMPANIONS) else 'all'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: dict[str, list[str]]) -> None:
+    """Write the table, and its summary between the README's marks."""
+    TABLE.write_text(render(rows), encoding="utf-8")
+    before, _, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
+    behind = rest.partition(MARKS[1])[2]
+    README.write_text(f"{before}{MARKS[0]}\n{summary(rows)}{MARKS[1]}{behind}", encoding="utf-8")
+
+
 def main() -> None:
-    """Write the table."""
+    """Run everything, and write it down."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     tokens, merges = clip_vocabulary()
@@ -101,7 +123,7 @@ def main() -> None:
     for name, make in {**sd_families(tokenizers), **sdxl_families(tokenizers)}.items():
         rows[name] = [verdict(make, companion) for companion in (None, *COMPANIONS.values())]
         print(name, rows[name], flush=True)
-    TABLE.write_text(render(rows), encoding="utf-8")
+    write(rows)
 
 
 if __name__ == "__main__":

@@ -71,18 +71,18 @@ def ren(eots, images, factor):
     return edit
 
 
-def guard(eots, factor, threshold):
-    """GUARD's attenuation on cond rows, in down and mid blocks."""
+def guard(eots, factor, threshold, first=1):
+    """GUARD's attenuation on cond rows, in down and mid blocks; of the keys from `first` on: SOT is left out."""
 
     def edit(layer, step, row, k, v):
         if row < len(eots) or layer.startswith("up"):
             return k, v, None
 
         def change(logits):
-            top = logits.amax(0)[1:]  # SOT left out
+            top = logits.amax(0)[first:]
             z = (top - top.mean()) / top.std(unbiased=False)
             scale = torch.ones(logits.shape[1])
-            scale[1:][z > threshold] = factor
+            scale[first:][z > threshold] = factor
             return logits * scale
 
         return k, v, change

@@ -117,6 +117,24 @@ def test_a2_at_the_kv_stage_it_is_refused(ours):
 
 
 @pytest.mark.filterwarnings("ignore:.*processors of the UNet were replaced:UserWarning")
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_an_ip_adapter_is_scaled(ours, plain, order):
+    options = ip_adapter(plain.pipe)
+    if order == "before":
+        ip_adapter(ours.pipe)
+    memkern.patch(ours.pipe, "none")
+    if order == "after":
+        ip_adapter(ours.pipe)
+    made = []
+    for scale in (1.0, 0.3, 0.0):
+        for family in (ours, plain):
+            family.pipe.set_ip_adapter_scale(scale)
+        made.append(ours(steps=3, **options))
+        close(made[-1], plain(steps=3, **options))
+    assert differs(made[0], made[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*processors of the UNet were replaced:UserWarning")
 @pytest.mark.parametrize("first", ["patch", "adapter"])
 def test_a3_an_ip_adapter_loaded_and_unloaded(ours, first):
     before, start = processors(ours.pipe), ours()

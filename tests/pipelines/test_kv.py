@@ -84,6 +84,14 @@ def test_guard(sd1, plain, prompts, factor, threshold):
         different(expected, unedited)
 
 
+def test_attenuation_of_every_role(sd1, plain):
+    """SOT's key, which also fills up the number of keys to a multiple, counts once among them."""
+    expected = images(install(plain, guard(roles_of(plain, PROMPTS), 0.2, 0.5, first=0)))
+    edits = [Edit(role, attenuate(0.2, 0.5), layers=("down", "mid")) for role in ("sot", "prompt", "eot", "pad")]
+    memkern.patch(sd1, Policy(edits))
+    same(images(sd1), expected)
+
+
 LAYERS = {
     "down": lambda layer, step: layer.startswith("down_blocks"),
     "mid": lambda layer, step: layer.startswith("mid_block"),
