@@ -19,7 +19,15 @@ import triton
 
 from memkern.ops.triton.ahead import SHARED_LIMITS, compile_ahead, specialization
 from memkern.ops.triton.configs import Card, table
-from memkern.ops.triton.layers import CONTEXT_WIDTHS, KEYS, LAYERS, absorbed_launches, biased_launch, row_launches
+from memkern.ops.triton.layers import (
+    CONTEXT_WIDTHS,
+    KEYS,
+    LAYERS,
+    absorbed_launches,
+    biased_launch,
+    mass_launch,
+    row_launches,
+)
 
 pytestmark = pytest.mark.aot
 
@@ -41,6 +49,8 @@ def launches(family, dtype):
         for keys in KEYS:
             launch = biased_launch(layer.queries, layer.heads, layer.head_dim, keys, dtype, card)
             found[label(launch, f"D={layer.head_dim}", f"n={keys}")] = launch
+            launch = mass_launch(layer.queries, layer.heads, layer.head_dim, keys, dtype, card)
+            found[label(launch, f"D={layer.head_dim}")] = launch
             for processors in (ONE_KERNEL, TWO_KERNELS):
                 form = Card(processors, table()[family])
                 for launch in absorbed_launches(layer.queries, layer.width, layer.heads, keys, dtype, form):
@@ -137,6 +147,7 @@ def test_one_compilation_serves_all_batches_lengths_and_resolutions():
     for make in (
         lambda queries, keys: absorbed_launches(queries, 320, 8, keys, torch.float16, card),
         lambda queries, keys: [biased_launch(queries, 8, 40, keys, torch.float16, card)],
+        lambda queries, keys: [mass_launch(queries, 8, 40, keys, torch.float16, card)],
     ):
         kinds = {str([specialization(launch) for launch in make(*size)]) for size in ((4096, 77), (9216, 70), (64, 65))}
         assert len(kinds) == 1

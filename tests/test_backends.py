@@ -155,7 +155,10 @@ def test_every_operator_traces_on_every_device(device):
             ops.biased_attention(q, k, k, bias),
             ops.absorbed_attention(made(2, 5, 16), a, bias, a, made(16)),
         ]
+        masses = ops.attention_mass(q, k, bias, bias)
     shapes = [(2, 77, 8)] * 3 + [(2, 3, 5, 8), (2, 5, 16)]
     assert [tuple(out.shape) for out in outs] == shapes
     assert all(out.device.type == device and out.dtype == torch.float16 for out in outs)
     assert outs[3].stride() == (120, 8, 24, 1)
+    assert [tuple(mass.shape) for mass in masses] == [(2, 3, 77), (2, 3, 5)]
+    assert all(mass.device.type == device and mass.dtype == torch.float32 for mass in masses)

@@ -33,6 +33,7 @@ def cases(device="cuda", dtype=torch.float16):
         "edit_kv": (rows, rows, None, None, source, scale, scale),
         "embed_tokens": (ids, roles, torch.randn(50, 64).to(dtype), torch.randn(77, 64).to(dtype), 0),
         "biased_attention": (q, k, k, bias, 0.15),
+        "attention_mass": (q, k, bias, bias.exp(), 0.15),
         "absorbed_attention": (x, a, bias, a, None, x),
     }
     return {
@@ -113,6 +114,16 @@ def test_another_device(operator):
     arguments = cases("cuda:1")[operator]
     same(getattr(ops, operator)(*arguments), getattr(ops, operator)(*arguments, backend="torch"))
     assert torch.cuda.current_device() == 0
+
+
+def test_attention_mass_keeps_no_probabilities():
+    q, k = torch.randn(2, 8, 4096, 40, device="cuda").half(), torch.randn(2, 8, 77, 40, device="cuda").half()
+    bias = torch.zeros(2, 77, device="cuda")
+    ops.attention_mass(q, k, bias, bias, backend="triton")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ops.attention_mass(q, k, bias, bias, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before < 2 * 8 * 4096 * 77 * 2 / 4  # a quarter of them in float16
 
 
 @pytest.mark.parametrize("policy", ["swap-pad-zero-eot", "zero-pad:0.7", "prompt-eot-from-pad", "none"])

@@ -5,10 +5,19 @@ device; "cpp", "cuda" and "triton" name one, and "torch" runs the reference in t
 """
 
 from .absorbed_attention import absorbed_attention
+from .attention_mass import attention_mass
 from .backends import BACKENDS
 from .biased_attention import biased_attention
 from .edit_embeds import edit_embeds
 from .edit_kv import edit_kv
 from .embed_tokens import embed_tokens
 
-__all__ = ["BACKENDS", "absorbed_attention", "biased_attention", "edit_embeds", "edit_kv", "embed_tokens"]
+__all__ = [
+    "BACKENDS",
+    "absorbed_attention",
+    "attention_mass",
+    "biased_attention",
+    "edit_embeds",
+    "edit_kv",
+    "embed_tokens",
+]

@@ -118,7 +118,7 @@ def order(device: torch.device, operator: str | None = None) -> tuple[str, ...]:
     """The backends that `auto` tries on `device`, the reference last."""
     if device.type != "cuda":
         return ("cpp", "torch") if device.type == "cpu" else ("torch",)
-    products = operator in ("biased_attention", "absorbed_attention")
+    products = operator in ("biased_attention", "absorbed_attention", "attention_mass")
     if products and torch.cuda.get_device_capability(device) < (8, 0):
         return ("torch",)  # Triton has no tensor cores there, torch has.
     return ("cuda", "triton", "torch")

@@ -6,7 +6,7 @@
     probe.plot("roles.png")
 
 Mass is the share of the softmax that the keys of a role get, as a mean over queries and heads: over the roles of a
-row it sums to 1. On a patched pipeline it is that of the edited keys.
+row it sums to 1. On a patched pipeline it is that of the edited keys. `memkern.ops.attention_mass` sums it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .. import ops
 from ..plan import Plan
 from ..roles import Role
 from ..windows import layer_size
@@ -28,9 +29,6 @@ from .paths import split_heads
 from .record import Probe, Record
 from .rows import Rows, recognise
 from .sites import cross_attention_layers, unwrapped
-
-BLOCK_BYTES = 1 << 21
-"""Of probabilities, float32: they are made for that many queries at a time, and for no more."""
 
 
 class LayerHook:
@@ -118,22 +116,12 @@ def attention_mass(
     """
     keys = source.keys
     k = split_heads(source.project(attn)[0], attn.heads)  # [B, H, n, D]
-    bias = keys.bias[:, None, None]  # [B, 1, 1, n]
     q = split_heads(attn.to_q(x), attn.heads)
     for attenuation in source.attenuation:
         k = k * attenuation.factors(q, k, attn.scale).unsqueeze(-1).to(k.dtype)
-    chosen = None if among is None else among.to(x.device).gather(1, keys.index).to(torch.float32)[:, None, :, None]
-    total = torch.zeros(k.shape[0], k.shape[2], device=x.device)
-    mapped = []
-    size = max(1, BLOCK_BYTES // max(1, 4 * k.shape[0] * k.shape[1] * k.shape[2]))
-    for part in torch.split(q, size, 2):
-        logits = (part @ k.mT).float() * attn.scale + bias
-        p = logits.softmax(-1).nan_to_num()  # a row whose keys are all excluded attends to nothing
-        total += p.sum((1, 2))
-        if chosen is not None:
-            mapped.append((p @ chosen).squeeze(-1).mean(1))
-    mass = total / (attn.heads * x.shape[1])
-    return mass.masked_fill(keys.bias == -torch.inf, 0), torch.cat(mapped, 1) if mapped else None
+    weight = torch.zeros_like(keys.bias) if among is None else among.to(x.device).gather(1, keys.index).float()
+    by_key, by_query = ops.attention_mass(q, k, keys.bias, weight, attn.scale)
+    return by_key.mean(1), None if among is None else by_query.mean(1)
 
 
 @contextmanager

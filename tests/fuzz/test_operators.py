@@ -111,13 +111,15 @@ def attentions(draw):
     return strided(q, draw(LAYOUTS)), strided(k, draw(LAYOUTS)), v, bias, width**-0.5
 
 
-def attended(q, k, v, bias, scale):
-    """The definition, in the dtype of the tensors."""
+def probabilities(q, k, bias, scale):
+    """The definition, in the dtype of the tensors; 0 in a row without keys."""
     added = (bias if bias.dim() == 3 else bias.unsqueeze(1)).unsqueeze(2).to(q.dtype)
-    logits = q @ k.mT * scale + added
-    if not logits.shape[-1]:
-        return torch.zeros_like(q)
-    return torch.nan_to_num(logits.softmax(-1), nan=0.0) @ v
+    return torch.nan_to_num((q @ k.mT * scale + added).softmax(-1), nan=0.0)
+
+
+def attended(q, k, v, bias, scale):
+    """The attention that these give."""
+    return probabilities(q, k, bias, scale) @ v
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -127,6 +129,16 @@ def test_biased_attention(backend, drawn):
     out = ops.biased_attention(q, k, v, bias, scale, backend=backend)
     exact = attended(q.double(), k.double(), v.double(), bias.double(), scale)
     assert_accurate(out, attended(q, k, v, bias, scale), exact, v)
+
+
+@given(drawn=attentions())
+def test_attention_mass(drawn):
+    q, k, _, bias, scale = drawn
+    weight = torch.rand(k.shape[0], k.shape[2], generator=torch.Generator().manual_seed(0))
+    by_key, by_query = ops.attention_mass(q, k, bias, weight, scale)
+    p = probabilities(q.double(), k.double(), bias.double(), scale)
+    torch.testing.assert_close(by_key.double(), p.sum(2) / max(1, q.shape[2]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_query.double(), (p * weight.double()[:, None, None]).sum(-1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import absorbed_attention, biased_attention, edit_embeds, edit_kv, embed_tokens
+from . import absorbed_attention, attention_mass, biased_attention, edit_embeds, edit_kv, embed_tokens
 from .configs import Card
 from .launch import Launch
 
@@ -70,6 +70,14 @@ def biased_launch(queries: int, heads: int, head_dim: int, keys: int, dtype: tor
     k = _meta(BATCH, keys, heads, head_dim, dtype=dtype).transpose(1, 2)
     bias = _meta(BATCH, keys, dtype=torch.float32)
     return biased_attention.plan(q.transpose(1, 2), k, k, bias, head_dim**-0.5, q, card)
+
+
+def mass_launch(queries: int, heads: int, head_dim: int, keys: int, dtype: torch.dtype, card: Card) -> Launch:
+    """`attention_mass` on such projections."""
+    q = _meta(BATCH, queries, heads, head_dim, dtype=dtype).transpose(1, 2)
+    k = _meta(BATCH, keys, heads, head_dim, dtype=dtype).transpose(1, 2)
+    bias, by_query = _meta(BATCH, keys, dtype=torch.float32), _meta(BATCH, heads, queries, dtype=torch.float32)
+    return attention_mass.plan(q, k, bias, bias, head_dim**-0.5, by_query, card)
 
 
 def absorbed_launches(queries: int, width: int, heads: int, keys: int, dtype: torch.dtype, card: Card) -> list[Launch]:

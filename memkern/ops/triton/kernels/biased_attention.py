@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import EXCLUDED, count_keys, exp_from, reciprocal, span, tile_mask, zeros
+from .tiles import EXCLUDED, biased_logits, count_keys, exp_from, load_tiles, reciprocal, span, tile_mask, zeros
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "tiles"])
@@ -24,30 +24,17 @@ def biased_attention_kernel(
     v += batch * v_batch + head * v_head
     out += ((batch * queries + row[:, None]) * heads + head) * D
     bias += batch * bias_batch + head * bias_head
-    q_tiles = ()
+    q_tiles = load_tiles(q, row_mask, D, D_PARTS, EVEN)
     sums = ()
-    column = 0
     for j in tl.static_range(len(D_PARTS)):
-        d = span(column, D_PARTS[j])
-        q_tiles = q_tiles + (tl.load(q + d[None, :], mask=tile_mask(row_mask, d, D, EVEN), other=0.0),)
         sums = sums + (zeros(BLOCK_M, D_PARTS[j]),)
-        column += D_PARTS[j]
     highest = tl.full([BLOCK_M], EXCLUDED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, count_keys(bias, bias_key, 0, 1, keys, KEYS), BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        b = tl.load(bias + key * bias_key, mask=key < keys, other=EXCLUDED)
-        live = b != EXCLUDED
-        logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        column = 0
-        for j in tl.static_range(len(D_PARTS)):
-            d = span(column, D_PARTS[j])
-            k_at = key[:, None].to(tl.int64) * k_row + d[None, :]
-            k_tile = tl.load(k + k_at, mask=tile_mask(live, d, D, EVEN), other=0.0)
-            logits = tl.dot(q_tiles[j], tl.trans(k_tile), logits, input_precision="ieee")
-            column += D_PARTS[j]
-        # An excluded key stays excluded where the query holds a NaN or Inf.
-        biased = tl.where(live[None, :], logits * scale + b[None, :], EXCLUDED)
+        biased, live = biased_logits(
+            q_tiles, k, k_row, bias, bias_key, key, keys, scale, D, D_PARTS, EVEN, BLOCK_M, BLOCK_N
+        )
         risen = tl.maximum(highest, tl.max(biased, 1))
         p = exp_from(biased, risen)
         fade = tl.where(risen == EXCLUDED, 0.0, tl.exp(highest - risen))

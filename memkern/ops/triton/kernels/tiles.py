@@ -28,6 +28,40 @@ def tile_mask(rows, columns, width, EVEN: tl.constexpr):
 
 
 @triton.jit
+def load_tiles(rows, row_mask, D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.constexpr):
+    """The rows `[M, 1]` of pointers as a tuple of tiles `[M, part]` of their D columns."""
+    tiles = ()
+    column = 0
+    for j in tl.static_range(len(D_PARTS)):
+        d = span(column, D_PARTS[j])
+        tiles = tiles + (tl.load(rows + d[None, :], mask=tile_mask(row_mask, d, D, EVEN), other=0.0),)
+        column += D_PARTS[j]
+    return tiles
+
+
+@triton.jit
+def biased_logits(
+    q_tiles, k, k_row, bias, bias_key, key, keys, scale,
+    D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """q kᵀ · scale + bias `[M, N]` of the keys `key` `[N]`, and which of them are not excluded.
+
+    An excluded key stays excluded where the query holds a NaN or Inf; its k is not read.
+    """
+    b = tl.load(bias + key * bias_key, mask=key < keys, other=EXCLUDED)
+    live = b != EXCLUDED
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    column = 0
+    for j in tl.static_range(len(D_PARTS)):
+        d = span(column, D_PARTS[j])
+        k_at = key[:, None].to(tl.int64) * k_row + d[None, :]
+        k_tile = tl.load(k + k_at, mask=tile_mask(live, d, D, EVEN), other=0.0)
+        logits = tl.dot(q_tiles[j], tl.trans(k_tile), logits, input_precision="ieee")
+        column += D_PARTS[j]
+    return tl.where(live[None, :], logits * scale + b[None, :], EXCLUDED), live
+
+
+@triton.jit
 def count_keys(bias, bias_key, bias_head, heads, keys, KEYS: tl.constexpr):
     """One more than the last key that some head does not exclude: a sequence skips the keys behind it.
 
