@@ -64,11 +64,16 @@ wheel: $(READY)
 	$(BIN)/python setup.py -q sdist --dist-dir dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
+# torch's headers are another's code: their warnings are not shown.
+HEADERS = $(shell $(BIN)/python -c "import sysconfig; from torch.utils.cpp_extension import include_paths; \
+  print(*('-isystem ' + path for path in [*include_paths(), sysconfig.get_paths()['include']]))")
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	printf '%s\n' $(wildcard csrc/*.cpp csrc/*/*.cpp) | xargs -P $(JOBS) -I FILE $(BIN)/clang-tidy --quiet FILE -- \
+	  -std=c++17 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $(HEADERS) 2> /dev/null
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

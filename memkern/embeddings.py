@@ -20,6 +20,7 @@ def apply_policy(
     eos_token_id: int = CLIP_EOT_ID,
     reembed_id: int = 0,
     reembedded: torch.Tensor | None = None,
+    cond_input_ids: torch.Tensor | None = None,
     context_length: int = CONTEXT_LENGTH,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -36,6 +37,8 @@ def apply_policy(
         eos_token_id: the tokenizer's EOT id.
         reembed_id: the id of the token that the policy pads with, 0 for CLIP's "!".
         reembedded: `[B, L, D]`, the same prompts encoded with "!" for their pads, for `replace("pad-reembedded")`.
+        cond_input_ids: int `[B, L]`, of "uncond" rows the ids of the prompts they are paired with, where an edit has
+            `roles_of="cond"`.
         context_length: tokens in a window.
         backend: "auto", "cpp" or "torch".
 
@@ -61,8 +64,22 @@ def apply_policy(
                 f"PAD positions whose id is not {reembed_id}. Encode with that id there "
                 "(`patch.encoding` does), or use a policy without it, such as 'zero-pad:0.7'"
             )
+    paired = None
+    if cond_input_ids is not None:
+        paired = token_roles(cond_input_ids, eos_token_id=eos_token_id, context_length=context_length)
+    elif policy.pairs(branch):
+        raise ValueError(
+            f"cond_input_ids: policy '{policy}' edits negative rows by the roles of their prompts; give them"
+        )
     return edit_embeddings(
-        embeds, roles, policy, branch, reembedded=reembedded, context_length=context_length, backend=backend
+        embeds,
+        roles,
+        policy,
+        branch,
+        reembedded=reembedded,
+        cond_roles=paired,
+        context_length=context_length,
+        backend=backend,
     )
 
 
@@ -73,6 +90,7 @@ def edit_embeddings(
     branch: Branch,
     *,
     reembedded: torch.Tensor | None = None,
+    cond_roles: torch.Tensor | None = None,
     context_length: int = CONTEXT_LENGTH,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -86,7 +104,7 @@ def edit_embeddings(
     edited, own = embeds, Policy(policy.edits_on(branch))
     if own.edits:
         images = embeds.shape[0] // max(1, roles.shape[0])
-        plan = lower(own, roles, branch, context_length=context_length)
+        plan = lower(own, roles, branch, cond_roles=cond_roles, context_length=context_length)
         source, scale, spread = (
             rows.repeat_interleave(images, 0).to(embeds.device, non_blocking=True)
             for rows in (plan.source, plan.v_scale, roles)

@@ -243,6 +243,10 @@ class Policy:
         """Whether an edit replaces rows by those of `bank`."""
         return any(edit.action.source is bank for edit in self.edits)
 
+    def pairs(self, branch: Branch) -> bool:
+        """Whether rows of `branch` are edited by the roles of the prompts that they are paired with."""
+        return branch == "uncond" and any(edit.roles_of == "cond" for edit in self.edits_on(branch))
+
     def __str__(self) -> str:
         if self.name is not None:
             return self.name

@@ -66,7 +66,7 @@ MEMKERN_INLINE void product_tile(const float* left, int64_t left_stride, const f
   for (int64_t i = 0; i < inner; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const Floats column = load(right + i * right_stride + v * kWidth);
+      const Floats column = load(right + i * right_stride + int64_t{v} * kWidth);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         sums[r][v] += column * left[r * left_stride + i];
@@ -77,7 +77,7 @@ MEMKERN_INLINE void product_tile(const float* left, int64_t left_stride, const f
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      store(sums[r][v], out + r * out_stride + v * kWidth);
+      store(sums[r][v], out + r * out_stride + int64_t{v} * kWidth);
     }
   }
 }
@@ -86,7 +86,7 @@ MEMKERN_INLINE void product_tile(const float* left, int64_t left_stride, const f
 template <int R>
 MEMKERN_INLINE void product(const float* left, int64_t left_stride, const float* right, int64_t inner,
                             int64_t columns, float* out) {
-  for (int64_t begin = 0; begin < columns; begin += kTile * kWidth) {
+  for (int64_t begin = 0; begin < columns; begin += int64_t{kTile} * kWidth) {
     const int64_t vectors = (columns - begin) / kWidth;
     const float* part = right + begin;
     if (vectors >= kTile) {

@@ -12,7 +12,7 @@ namespace {
 
 // bfloat16 is the upper half of a float; rounding is to nearest even. Branch-free, so that it vectorizes.
 inline float widen(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  const uint32_t bits = static_cast<uint32_t>(value.x) << 16u;
   float wide;
   std::memcpy(&wide, &bits, sizeof(wide));
   return wide;
@@ -21,7 +21,7 @@ inline float widen(BFloat16 value) {
 inline void narrow(float wide, BFloat16* out) {
   uint32_t bits;
   std::memcpy(&bits, &wide, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out->x = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
 }

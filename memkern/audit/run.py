@@ -28,16 +28,16 @@ DEFAULT_POLICIES = (UNMITIGATED, "swap-pad-zero-eot", "zero-pad:0.7")
 
 def run(
     *,
-    out: Path,
+    out: str | Path,
     model: str = EMBEDDED,
-    prompts: Path | None = None,
+    prompts: str | Path | None = None,
     references: str | None = None,
     policies: Sequence[str] = DEFAULT_POLICIES,
     seeds: Sequence[int] = (0,),
     limit: int | None = None,
     steps: int = 20,
     guidance: float = 7.5,
-    sscd: Path | None = None,
+    sscd: str | Path | None = None,
     clip: str | None = None,
     quiet: bool = False,
 ) -> Path:
@@ -67,10 +67,13 @@ def run(
             cannot be patched (with the reasons), or a folder with another audit.
         OSError: the folder cannot be written; what was made stays.
     """
+    out = Path(out)
     methods = [method(name) for name in dict.fromkeys([UNMITIGATED, *policies])]
-    listed = _prompts(model, prompts, references, limit)
+    listed = _prompts(model, None if prompts is None else Path(prompts), references, limit)
     rank, world = _place()
-    measures, missing = metrics(sscd=sscd, clip=clip, device="cuda" if torch.cuda.is_available() else "cpu")
+    measures, missing = metrics(
+        sscd=None if sscd is None else Path(sscd), clip=clip, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
     settings = {
         "model": model,
         "prompts": [[prompt.id, prompt.text] for prompt in listed],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,11 @@ def edit_outputs(
     guided = "uncond" in used
     parts = layout.split(patch.pipe, outputs, guided)
     others = {} if reembedded is None else layout.split(patch.pipe, reembedded, guided)
+    paired = _cond_roles(arguments, calls_of, len(own))
     for branch in used:
         given = arguments["prompt_embeds" if branch == "cond" else "negative_prompt_embeds"]
         if branch in calls_of:
-            parts[branch] = edit_rows(patch, parts[branch], calls_of[branch], branch, others.get(branch))
+            parts[branch] = edit_rows(patch, parts[branch], calls_of[branch], branch, others.get(branch), paired)
         elif given is None:
             # Zero rows have no tokens; they stand for an empty prompt's.
             prompts = len(calls_of["cond"][0].roles) if "cond" in calls_of else len(parts[branch])
@@ -66,8 +68,13 @@ def edit_rows(
     encoded: Sequence[Encoded],
     branch: Branch,
     reembedded: torch.Tensor | None = None,
+    paired: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Edit embeddings `[B·n, L, D]`: of each text encoder its columns, by its own roles."""
+    """Edit embeddings `[B·n, L, D]`: of each text encoder its columns, by its own roles.
+
+    Args:
+        paired: the roles of the prompts that uncond rows belong to, per text encoder; None where not known.
+    """
     backends.tell_fallback(embeds.device)
     patch.prompts[branch] = tuple(encoded)
     roles = encoded[0].roles
@@ -84,9 +91,13 @@ def edit_rows(
         remember_edited(embeds, Edited(patch.policy, branch, roles, "kv", reembedded))
         return embeds
     edited = embeds
+    if patch.policy.pairs(branch) and (paired is None or any(own.shape != roles.shape for own in paired)):
+        patch.unknown("it is edited by its prompt's roles, and its prompt was not encoded with it by this pipeline")
+        return embeds
     if patch.policy.edits_on(branch):
         edited = embeds.clone()
-        for call, part in zip(encoded, layout.columns(patch.pipe, slots(patch.pipe), embeds.shape[-1]), strict=True):
+        columns = layout.columns(patch.pipe, slots(patch.pipe), embeds.shape[-1])
+        for call, part, cond_roles in zip(encoded, columns, paired or itertools.repeat(None), strict=False):
             # The rows behind CLIP's, of an encoder that is none, stay as they are.
             rows = slice(0, call.roles.shape[1])
             edited[:, rows, part] = edit_embeddings(
@@ -95,11 +106,23 @@ def edit_rows(
                 patch.policy,
                 branch,
                 reembedded=None if reembedded is None else reembedded[:, rows, part],
+                cond_roles=cond_roles,
                 context_length=patch.context_length,
                 backend=patch.backend,
             )
     remember_edited(edited, Edited(patch.policy, branch, roles))
     return edited
+
+
+def _cond_roles(
+    arguments: dict[str, Any], calls_of: dict[Branch, list[Encoded]], encoders: int
+) -> list[torch.Tensor] | None:
+    """The roles of the prompts, per text encoder: of those that were encoded, or recalled of embeddings passed in."""
+    if "cond" in calls_of:
+        return [call.roles for call in calls_of["cond"]]
+    given = arguments["prompt_embeds"]
+    known = None if given is None else recall_edited(given)
+    return None if known is None else [known.roles] * encoders
 
 
 def _recognise(patch: Patch, branch: Branch, given: torch.Tensor, repeated: torch.Tensor) -> None:

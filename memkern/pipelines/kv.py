@@ -213,7 +213,7 @@ class KVStage:
     def _lower(self, policy: Policy, branch: Branch) -> Plan:
         own = self.encoded[branch].known.roles
         paired = self.encoded["cond"].known.roles if "cond" in self.encoded else None
-        if paired is None and any(edit.roles_of == "cond" for edit in policy.edits_on(branch)):
+        if paired is None and policy.pairs(branch):
             self.unknown("it is edited by its prompt's roles, and the prompt was not encoded by this pipeline")
             return Plan.identity(*own.shape)
         return lower(policy, own, branch, cond_roles=paired, context_length=self.context_length)

@@ -25,7 +25,7 @@ def patch(
     """Protect a diffusers pipeline: from now on its prompts are edited as `policy` says.
 
     Args:
-        pipe: a Stable Diffusion pipeline with one CLIP text encoder. Patching it again replaces what is in
+        pipe: a pipeline whose context comes from CLIP (see `memkern.support`). Patching it again replaces what is in
             force and returns the same `Patch`.
         policy: a `Policy` or a preset's name; the default is method 1 of Kim & No (arXiv 2605.02908).
         backend: of the operators, one of `memkern.ops.BACKENDS`.

@@ -138,7 +138,7 @@ def describe(
         named: whether the rows name the encoder.
     """
     paired = None if cond is None else cond.roles
-    if paired is None and any(edit.roles_of == "cond" for edit in policy.edits_on(branch)):
+    if paired is None and policy.pairs(branch):
         policy = Policy()
     plan = lower(policy, encoded.roles, branch, cond_roles=paired, context_length=context_length)
     return [

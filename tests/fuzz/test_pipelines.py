@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 import memkern
+from memkern.policy import replace, strength, zero
 from memkern.testing import tiny_pipeline
 
 TEXTS = ["", "a cat", "hi!", "cat " * 80, "a <|endoftext|> b", "a red house, a dog"]
 NAMES = "swap-pad-zero-eot swap-pad zero-pad:0.7 zero-eot-pad pad-from-eot prompt-eot-from-pad none"
-PRESETS = st.sampled_from(NAMES.split())
+EDITS = st.builds(
+    memkern.Edit,
+    role=st.sampled_from(["prompt", "eot", "pad"]),
+    action=st.sampled_from([zero(), strength(0.5), replace("sot"), replace("pad-mean")]),
+    branch=st.sampled_from(["cond", "uncond", "both"]),
+    fraction=st.sampled_from([0.5, 1.0]),
+    order=st.sampled_from(["first", "even", "random"]),
+    roles_of=st.sampled_from(["own", "cond"]),
+)
+
+
+@st.composite
+def own_policies(draw):
+    edits, pads = draw(st.lists(EDITS, max_size=3)), draw(st.sampled_from([None, "!"]))
+    try:
+        return memkern.Policy(edits, pads)
+    except ValueError:  # a later edit leaves nothing of an earlier one
+        reject()
+
+
+POLICIES = st.sampled_from(NAMES.split()) | own_policies()
 STAGES = st.sampled_from(["embeds", "kv"])
 FEWER = settings(max_examples=max(5, settings.default.max_examples // 8))
 
@@ -55,7 +76,7 @@ def test_edits_off_is_unpatched_and_unpatched_is_never_patched(pipe, call, stage
 
 
 @FEWER
-@given(call=calls(), first=PRESETS, second=PRESETS, stage=STAGES)
+@given(call=calls(), first=POLICIES, second=POLICIES, stage=STAGES)
 def test_the_way_to_a_policy_does_not_matter(pipe, call, first, second, stage):
     with memkern.patched(pipe, second, stage=stage):
         expected = image(pipe, call)
@@ -69,7 +90,7 @@ def test_the_way_to_a_policy_does_not_matter(pipe, call, first, second, stage):
 
 
 @FEWER
-@given(call=calls(), policy=PRESETS, accelerate=st.booleans())
+@given(call=calls(), policy=POLICIES, accelerate=st.booleans())
 def test_both_stages_are_the_same(pipe, call, policy, accelerate):
     made = []
     for stage in ("embeds", "kv"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from by_hand import PRESETS, context
+from by_hand import PRESETS, context, tokenize
 from prompts import published_prompts
 from unet_input import context_of
 
 import memkern
+from memkern import Edit
+from memkern.policy import zero
 
 PROMPTS = [
     "a photograph of an astronaut riding a horse",
@@ -148,3 +150,34 @@ def test_c3_the_tokenizer_is_not_touched(pipe):
         assert pipe.tokenizer is tokenizer
     assert (vars(tokenizer), tokenizer.pad_token, tokenizer("hi! you").input_ids) == before
     assert pipe.config["tokenizer"][1] == type(tokenizer).__name__
+
+
+PAIRED = memkern.Policy([Edit("pad", zero(), branch="uncond", roles_of="cond")])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [False, True], ids=["encoded together", "the prompt's embeddings given"])
+def test_negatives_edited_by_the_roles_of_their_prompts(sd1, given):
+    prompts, negatives = ["a cat", "a photograph of an astronaut"], ["blurry and dull, a bad picture", ""]
+    plain = context(sd1, prompts, "none", negatives)
+    eots = tokenize(sd1.tokenizer, prompts, False)[1]
+    expected = plain.clone()
+    for row, eot in enumerate(eots):
+        expected[row, eot + 1 :] = 0
+    patch = memkern.patch(sd1, PAIRED)
+    prompt = {"prompt": prompts}
+    if given:
+        prompt = {"prompt_embeds": sd1.encode_prompt(prompts, "cpu", 1, True, negatives)[0]}
+    assert torch.equal(context_of(sd1, **prompt, negative_prompt=negatives), expected)
+
+    raw, ids = plain[:2], tokenize(sd1.tokenizer, negatives, False)[0]
+    with pytest.raises(
+        ValueError, match="cond_input_ids: policy 'zero PAD on uncond' edits negative rows by the roles"
+    ):
+        memkern.apply_policy(raw, ids, PAIRED, branch="uncond")
+    cond_ids = tokenize(sd1.tokenizer, prompts, False)[0]
+    assert torch.equal(memkern.apply_policy(raw, ids, PAIRED, branch="uncond", cond_input_ids=cond_ids), expected[:2])
+    with patch.encoding("uncond") as edited:
+        rows = sd1.text_encoder(ids)[0]
+        with pytest.raises(memkern.UnmitigatedError, match="its prompt was not encoded with it"):
+            edited(rows)
