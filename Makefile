@@ -11,7 +11,8 @@ SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 # What `make test` leaves to a process of its own, or to a machine with a GPU.
 LAYERS = interpreter or aot or host_cuda or gpu
 
-.PHONY: demo test test-slow test-plain test-layers test-matrix fuzz sanitize gpu bench wheel lint format clean
+.PHONY: demo test test-slow test-plain test-layers test-matrix test-wheel test-install fuzz sanitize coverage gpu bench \
+  docs wheel lint format clean
 
 demo: $(READY)
 	$(BIN)/memkern demo
@@ -20,8 +21,7 @@ SPEED = not slow
 test-slow: SPEED = slow or not slow
 test test-slow: test-plain test-layers
 
-test-plain: $(READY)
-	$(BIN)/ruff check .
+test-plain: lint
 	$(PYTEST) -m "($(SPEED)) and not ($(LAYERS))"
 
 # Proof without a GPU: kernels interpreted, compiled ahead of time, and run as C++ on the CPU. What needs a card is
@@ -48,6 +48,22 @@ sanitize: $(READY)
 # The oldest versions of diffusers and transformers that are supported.
 test-matrix:
 	PYTHON=$(PYTHON) tests/matrix.sh
+
+# The wheel with every supported Python, and with several releases of torch (gigabytes are downloaded).
+test-wheel: wheel
+	tests/wheels.sh
+
+# Installing with and without isolation, a compiler and nvcc.
+test-install:
+	PYTHON=$(PYTHON) tests/install.sh
+
+# Which lines the tests run, of Python and of the CPU's C++.
+coverage: $(READY)
+	BIN=$(abspath $(BIN)) JOBS=$(JOBS) tests/coverage.sh
+
+# The documentation, to read from a folder: build/site/index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # On a machine with an NVIDIA GPU: tests, benchmarks and their table.
 gpu: $(READY)

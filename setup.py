@@ -152,10 +152,16 @@ for extension in EXTENSIONS:
     extension.optional = MODE == "auto"
 
 
+def version() -> str:
+    """Of the package, without importing it."""
+    return re.findall(r'__version__ = "(.*)"', (PACKAGE / "version.py").read_text())[0]
+
+
 def record(folder: Path, cpp: str = CPP_REASON, cuda_reason: str = CUDA_REASON, cuda: object = None) -> None:
     """Write what was built, or why not, into the package at `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    outcome = {"mode": MODE, "cpp": not cpp, "cuda": cuda, "reason": cpp, "cuda_reason": cuda_reason}
+    outcome = {"version": version(), "mode": MODE, "cpp": not cpp, "cuda": cuda}
+    outcome |= {"reason": cpp, "cuda_reason": cuda_reason}
     (folder / "build.json").write_text(json.dumps(outcome, indent=2) + "\n")
 
 

@@ -16,8 +16,7 @@ from .plan import Plan, lower
 from .policy import Edit, Policy
 from .presets import PRESETS
 from .roles import Role, token_roles
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "PRESETS",
@@ -30,6 +29,7 @@ __all__ = [
     "Support",
     "UnmitigatedError",
     "UnmitigatedWarning",
+    "__version__",
     "apply_policy",
     "info",
     "lower",

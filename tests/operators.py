@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +133,25 @@ def assert_accurate(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch
     largest = max(float(tensor.abs().max()) for tensor in (exact, *summed) if tensor.numel())
     error = (actual.double() - exact).abs().max()
     assert error <= 2 * (same_dtype.double() - exact).abs().max() + torch.finfo(actual.dtype).eps * largest
+
+
+INSTRUCTION_SETS = ["default", "avx2", "avx512"]
+"""What ATEN_CPU_CAPABILITY holds torch's kernels to, and the compiled library's."""
+
+needs_cpp = pytest.mark.skipif(bool(backends.installed("cpp")), reason="needs the compiled CPU library")
+
+
+def on_instruction_set(capability: str, operator: str, arguments: Sequence[Any], folder: Path) -> torch.Tensor:
+    """What an operator's compiled CPU part gives in a process held to an instruction set."""
+    given, made = folder / "given.pt", folder / "made.pt"
+    torch.save(list(arguments), given)
+    code = (
+        "import sys, torch; from memkern import ops;"
+        f"torch.save(ops.{operator}(*torch.load(sys.argv[1]), backend='cpp'), sys.argv[2])"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    subprocess.run([sys.executable, "-c", code, given, made], check=True, env=environment)
+    return torch.load(made)
 
 
 def random_plan(batch: int, length: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

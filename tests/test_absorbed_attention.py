@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from operators import LAYOUTS, PRODUCTS, assert_accurate, overloads, with_dtypes
+from operators import (
+    INSTRUCTION_SETS,
+    LAYOUTS,
+    PRODUCTS,
+    assert_accurate,
+    needs_cpp,
+    on_instruction_set,
+    overloads,
+    with_dtypes,
+)
 
 from memkern import ops
 
@@ -179,3 +188,11 @@ def test_refusals(change, error, message):
     arguments = dict(zip(names, sample(2, 9, 16, 2, 7), strict=True))
     with pytest.raises(error, match=message):
         ops.absorbed_attention(**arguments | change)
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", INSTRUCTION_SETS)
+def test_older_instruction_sets(capability, tmp_path):
+    arguments = sample(2, 33, 40, 2, 77, per_head=True)
+    out = on_instruction_set(capability, "absorbed_attention", arguments, tmp_path)
+    assert_accurate(out, by_hand(*arguments), exactly(*arguments))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from operators import LAYOUTS, PRODUCTS, assert_accurate, overloads, with_dtypes
+from operators import (
+    INSTRUCTION_SETS,
+    LAYOUTS,
+    PRODUCTS,
+    assert_accurate,
+    needs_cpp,
+    on_instruction_set,
+    overloads,
+    with_dtypes,
+)
 
 from memkern import ops
-from memkern.ops import backends
 
 SHAPES = [(2, 2, 33, 77), (1, 3, 7, 1), (3, 1, 64, 16), (1, 2, 65, 154)]
 EMPTY = [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)]
@@ -192,20 +197,9 @@ def test_refusals(change, error, message):
         ops.biased_attention(**arguments | change)
 
 
-BY_INSTRUCTION_SET = """
-import sys, torch
-from memkern import ops
-arguments, scale = torch.load(sys.argv[1])
-torch.save(ops.biased_attention(*arguments, scale, backend="cpp"), sys.argv[2])
-"""
-
-
-@pytest.mark.skipif(bool(backends.installed("cpp")), reason="needs the compiled CPU library")
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@needs_cpp
+@pytest.mark.parametrize("capability", INSTRUCTION_SETS)
 def test_older_instruction_sets(capability, tmp_path):
-    *tensors, scale = sample(2, 3, 37, 77, width=40)
-    given, made = tmp_path / "given.pt", tmp_path / "made.pt"
-    torch.save((tensors, scale), given)
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    subprocess.run([sys.executable, "-c", BY_INSTRUCTION_SET, given, made], check=True, env=environment)
-    assert_accurate(torch.load(made), by_hand(*tensors, scale), exactly(*tensors, scale))
+    arguments = sample(2, 3, 37, 77, width=40)
+    out = on_instruction_set(capability, "biased_attention", arguments, tmp_path)
+    assert_accurate(out, by_hand(*arguments), exactly(*arguments))

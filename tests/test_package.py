@@ -109,6 +109,7 @@ def test_pure_python_builds(tree, tmp_path, mode, reason):
     done, package = install(tree, mode, path=str(tmp_path))
     assert done.returncode == 0, done.stdout
     assert json.loads((package / "build.json").read_text()) == {
+        "version": memkern.__version__,
         "mode": mode,
         "cpp": False,
         "cuda": None,
@@ -149,6 +150,39 @@ def test_a_library_that_does_not_load_is_named_and_bypassed(tmp_path):
     assert "backend cpp    the compiled CPU library does not load with torch" in result.stdout
 
 
+def test_a_library_that_misses_a_symbol_is_named_and_bypassed(tmp_path):
+    """As one that needs a newer torch does."""
+    package = tmp_path / "memkern"
+    shutil.copytree(ROOT / "memkern", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    source = tmp_path / "newer.c"
+    source.write_text(
+        "extern int of_a_newer_torch(void); void* PyInit__C(void) { return (void*)(long)of_a_newer_torch(); }"
+    )
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", package / "_C.abi3.so"], check=True)
+    result = python("import memkern; print(memkern.info())", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(
+        "backend cpp    the compiled CPU library does not load with torch .*: of_a_newer_torch", result.stdout
+    )
+
+
+def test_libraries_of_another_version_are_named_and_bypassed(tmp_path):
+    """An update of the sources without a build: the library would serve operators that have changed since."""
+    package = tmp_path / "memkern"
+    shutil.copytree(ROOT / "memkern", package, ignore=shutil.ignore_patterns("__pycache__"))
+    built = json.loads((package / "build.json").read_text())
+    (package / "build.json").write_text(json.dumps(built | {"version": "0.0.9"}))
+    (package / "_cuda.abi3.so").touch()
+    result = python("import memkern; print(memkern.info())", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name, title in (("cpp ", "CPU"), ("cuda", "CUDA")):
+        reason = (
+            f"the compiled {title} library was built for memkern 0.0.9, this is {memkern.__version__}: install again"
+        )
+        assert f"backend {name}   {reason}" in result.stdout
+
+
 @pytest.fixture
 def no_nvcc(tmp_path, monkeypatch):
     """A PATH with a compiler and without nvcc."""
@@ -162,20 +196,45 @@ def no_nvcc(tmp_path, monkeypatch):
     return str(tools)
 
 
-@pytest.fixture
-def fake_nvcc(no_nvcc):
-    """The same with an nvcc that knows its version and its architectures, and compiles nothing."""
-    nvcc = Path(no_nvcc) / "nvcc"
+def put_nvcc(folder, release="13.0", compiles="echo injected >&2; exit 1"):
+    """An nvcc that knows its release and its architectures."""
+    nvcc = Path(folder) / "nvcc"
     nvcc.write_text(
         "#!/bin/sh\n"
         'case "$*" in\n'
-        "  --version) echo release 13.0, V13.0.88;;\n"
+        f"  --version) echo release {release}, V{release}.88;;\n"
         "  --list-gpu-arch) echo compute_80 compute_90;;\n"
-        "  *) echo injected >&2; exit 1;;\n"
+        f"  *) {compiles};;\n"
         "esac\n"
     )
     nvcc.chmod(0o755)
+
+
+@pytest.fixture
+def fake_nvcc(no_nvcc):
+    """A PATH with a compiler and an nvcc that compiles nothing."""
+    put_nvcc(no_nvcc)
     return no_nvcc
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+@pytest.mark.parametrize(("jobs", "threads"), [(None, min(4, os.cpu_count() or 1)), ("3", 3)])
+def test_an_nvcc_of_another_major_builds_for_what_it_can(tree, no_nvcc, monkeypatch, jobs, threads):
+    """The library has CUDA's runtime in it and calls torch by its stable ABI, so any release of nvcc will do."""
+    find_output = 'echo "$*" >> "$0.calls"; while [ "$1" != -o ]; do shift; done'
+    put_nvcc(no_nvcc, "12.8", f'{find_output}; "${{0%/*}}/c++" -shared -o "$2" -xc++ - < /dev/null')
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    monkeypatch.delenv("NVCC_THREADS", raising=False)
+    if jobs is None:
+        monkeypatch.delenv("MAX_JOBS", raising=False)
+    else:
+        monkeypatch.setenv("MAX_JOBS", jobs)
+    done, package = install(tree, "cuda", path=no_nvcc)
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = json.loads((package / "build.json").read_text())
+    assert built["cuda"] == {"nvcc": "12.8", "architectures": ["sm_80", "sm_90", "compute_90"]}
+    assert f"--threads {threads} " in (Path(no_nvcc) / "nvcc.calls").read_text()
+    assert (package / "_cuda.abi3.so").exists()
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")

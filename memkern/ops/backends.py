@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..version import __version__
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "torch")
 
@@ -33,14 +36,25 @@ _UNABLE = (
 )
 """What a RuntimeError says when a kernel cannot be launched at all; any other is a fault, and is raised."""
 
+_BUILD = Path(__file__).parents[1] / "build.json"
 _logger = logging.getLogger("memkern")
 _serves: dict[str, tuple[str, ...]] = {}
 _failed: dict[tuple[object, ...], str] = {}
 _told: set[object] = set()
 
 
+def built_for_another(record: Path) -> str | None:
+    """Why libraries of another version, left behind by an update without a build, are not loaded; or None."""
+    if not record.exists():
+        return None
+    version = json.loads(record.read_text()).get("version", __version__)
+    return None if version == __version__ else f"was built for memkern {version}, this is {__version__}: install again"
+
+
 def _load_cpp() -> str | None:
     """Load the compiled CPU library, which registers itself; the reason why not, or None."""
+    if stale := built_for_another(_BUILD):
+        return f"the compiled CPU library {stale}"
     try:
         from .. import _C  # type: ignore[attr-defined]  # noqa: F401
     except ImportError as error:
@@ -54,6 +68,8 @@ def load_cuda(path: Path) -> str | None:
     """Load the compiled CUDA library, which registers itself; the reason why not, or None."""
     if not path.exists():
         return "the compiled CUDA library is not part of this installation (see `memkern info`)"
+    if stale := built_for_another(_BUILD):
+        return f"the compiled CUDA library {stale}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
