@@ -16,5 +16,6 @@ nm -D memkern/_C.abi3.so | grep -q __asan || { echo "the library is not instrume
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$PWD" MEMKERN_EXAMPLES="${EXAMPLES:-200}" \
 "$BIN/python" -m pytest -p no:cacheprovider tests/test_edit_embeds.py tests/test_edit_kv.py tests/test_embed_tokens.py \
-  tests/test_biased_attention.py tests/test_absorbed_attention.py tests/fuzz/test_operators.py \
+  tests/test_biased_attention.py tests/test_attention_mass.py tests/test_absorbed_attention.py \
+  tests/fuzz/test_operators.py \
   -m "not (slow or interpreter or aot or host_cuda or gpu)"

@@ -53,6 +53,7 @@ MEMKERN_VECTORS(16, 5)
 
 struct Kernels {
   decltype(&any::attend) attend;
+  decltype(&any::add_mass) add_mass;
   decltype(&any::softmax_heads) softmax_heads;
 };
 
@@ -62,13 +63,13 @@ Kernels choose() {
   const char* name = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string_view most = name == nullptr ? "" : name;
   if (most != "default" && most != "avx2" && __builtin_cpu_supports("x86-64-v4")) {
-    return {v4::attend, v4::softmax_heads};
+    return {v4::attend, v4::add_mass, v4::softmax_heads};
   }
   if (most != "default" && __builtin_cpu_supports("x86-64-v3")) {
-    return {v3::attend, v3::softmax_heads};
+    return {v3::attend, v3::add_mass, v3::softmax_heads};
   }
 #endif
-  return {any::attend, any::softmax_heads};
+  return {any::attend, any::add_mass, any::softmax_heads};
 }
 
 const Kernels& kernels() {
@@ -81,6 +82,11 @@ const Kernels& kernels() {
 void attend(const Head& head, const float* q, int64_t q_stride, int64_t rows, float* out, int64_t out_stride,
             float* scratch) {
   kernels().attend(head, q, q_stride, rows, out, out_stride, scratch);
+}
+
+void add_mass(const Head& head, const float* q, int64_t q_stride, int64_t rows, const float* weight,
+              float* by_key, float* by_query, float* scratch) {
+  kernels().add_mass(head, q, q_stride, rows, weight, by_key, by_query, scratch);
 }
 
 void softmax_heads(const float* logits, const float* bias, int64_t bias_stride, int64_t heads, int64_t keys,

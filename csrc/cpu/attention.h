@@ -19,12 +19,17 @@ struct Head {
   const float* bias;  // [padded(keys)]; -inf excludes a key, whatever its logit, and is what pads
 };
 
-// Floats that attend() needs beside its output.
+// Floats that attend() and add_mass() need beside their output.
 inline int64_t attention_scratch(const Head& head) { return 4 * (padded(head.keys) + padded(head.width)); }
 
 // softmax(q kᵀ + bias) v of `rows` queries [rows, D] with a row stride, into [rows, D] with another.
 void attend(const Head& head, const float* q, int64_t q_stride, int64_t rows, float* out, int64_t out_stride,
             float* scratch);
+
+// p = softmax(q kᵀ + bias) of `rows` queries: by_key [padded(keys)] += their p, by_query [rows] = p weight,
+// for a weight [padded(keys)].
+void add_mass(const Head& head, const float* q, int64_t q_stride, int64_t rows, const float* weight,
+              float* by_key, float* by_query, float* scratch);
 
 // softmax(logits + bias) per head, of the logits [heads, keys] of one query, into `out` of the same shape;
 // both have room for kPadding more. The bias is as a Head's, for all heads or with a stride per head.

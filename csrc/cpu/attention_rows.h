@@ -1,4 +1,4 @@
-// attend() for one instruction set. The includer names Floats and Bits, vectors of kWidth floats and
+// attention.h for one instruction set. The includer names Floats and Bits, vectors of kWidth floats and
 // uint32_t, and kTile, how many vectors times 4 rows its registers hold beside what they are multiplied with.
 // Without a guard.
 
@@ -153,6 +153,35 @@ void attend(const Head& head, const float* q, int64_t q_stride, int64_t rows, fl
   }
   for (; row < rows; ++row) {
     attend_rows<1>(head, q + row * q_stride, q_stride, out + row * out_stride, out_stride, scratch);
+  }
+}
+
+template <int R>
+MEMKERN_INLINE void mass_rows(const Head& head, const float* q, int64_t q_stride, const float* weight,
+                              float* by_key, float* by_query, float* scratch) {
+  const int64_t keys = padded(head.keys);
+  product<R>(q, q_stride, head.k, head.width, keys, scratch);
+  for (int r = 0; r < R; ++r) {
+    float* row = scratch + r * keys;
+    const float inverse = softmax(row, head.bias, keys, row);
+    Floats chosen = {};
+    for (int64_t i = 0; i < keys; i += kWidth) {
+      const Floats p = load(row + i) * inverse;
+      store(load(by_key + i) + p, by_key + i);
+      chosen += p * load(weight + i);
+    }
+    by_query[r] = sum_of(chosen);
+  }
+}
+
+void add_mass(const Head& head, const float* q, int64_t q_stride, int64_t rows, const float* weight,
+              float* by_key, float* by_query, float* scratch) {
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    mass_rows<kRows>(head, q + row * q_stride, q_stride, weight, by_key, by_query + row, scratch);
+  }
+  for (; row < rows; ++row) {
+    mass_rows<1>(head, q + row * q_stride, q_stride, weight, by_key, by_query + row, scratch);
   }
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, cpu
 from .attention import bias_grad, check_bias, logits_grad, probabilities, wide, without_excluded
 from .checks import FLOATING, check_tensor
 from .library import register
@@ -94,11 +94,19 @@ def _backward(ctx: Any, by_key: torch.Tensor, by_query: torch.Tensor) -> tuple[t
     return dq.to(q.dtype), dk.to(k.dtype), bias_grad(d_logits, bias), d_weight, None
 
 
+def _on_cpu(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    served = q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return (cpu.attention_mass if served else _reference)(q, k, bias, weight, scale)
+
+
 _operator = register(
     "attention_mass(Tensor q, Tensor k, Tensor bias, Tensor weight, float scale) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    kernels=("triton",),
+    kernels=("cpp", "triton"),
+    cpu=_on_cpu,
 )

@@ -13,7 +13,10 @@ _LIBRARY = torch.library.Library("memkern_cpu", "DEF")
 _LIBRARY.define("biased_softmax_(Tensor(a!) logits, Tensor bias) -> ()")
 # q [B, N, H, D], contiguous, k and v [B, H, n, D], bias float32 [B, 1, n] or [B, H, n]: [B, N, H, D].
 _LIBRARY.define("biased_attention(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor")
+# q, k and bias as before, weight float32 [B, n]: sums of p over queries [B, H, n], and p · weight [B, H, N].
+_LIBRARY.define("attention_mass(Tensor q, Tensor k, Tensor bias, Tensor weight, float scale) -> (Tensor, Tensor)")
 _biased_softmax_ = torch.ops.memkern_cpu.biased_softmax_.default
+_attention_mass = torch.ops.memkern_cpu.attention_mass.default
 _biased_attention = torch.ops.memkern_cpu.biased_attention.default
 
 TILE_BYTES = 1 << 22
@@ -132,3 +135,14 @@ def biased_attention(
     by_query = q.transpose(1, 2).contiguous()  # [B, N, H, D]
     out: torch.Tensor = _biased_attention(by_query, k, v, per_head(bias).squeeze(2).contiguous(), scale)
     return out.transpose(1, 2)
+
+
+def attention_mass(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `memkern.ops.attention_mass`; float32, float16 or bfloat16, computed in float32."""
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    by_query = q.transpose(1, 2).contiguous()  # [B, N, H, D]
+    shared = per_head(bias).squeeze(2).contiguous()
+    sums, masses = _attention_mass(by_query, k, shared, weight.contiguous(), scale)
+    return sums.div_(max(1, q.shape[2])), masses
