@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from memkern import PRESETS, demo
-from memkern.cli import main
+from memkern.cli import _names, main
 from memkern.testing import tiny_pipeline, train_tokenizer
 
 
@@ -119,3 +119,7 @@ def test_readme_lists_every_preset():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for preset in PRESETS.values():
         assert f"| `{preset.usage}` | {preset.summary} | {preset.equation} |" in readme
+
+
+def test_numbers_of_a_preset_stay_with_it():
+    assert _names("none,guard:0.2,1.5,zero-pad:0.7") == ["none", "guard:0.2,1.5", "zero-pad:0.7"]

@@ -90,6 +90,11 @@ def test_parsing_errors(text, message):
             ValueError,
             "branch: expected one of cond, uncond, both, got 'left'",
         ),
+        (
+            lambda: Edit("pad", zero(), layers=()),
+            ValueError,
+            r"layers: expected names, blocks or resolutions, got \(\)",
+        ),
         (lambda: Edit("pad", zero(), fraction=1.5), ValueError, r"fraction: expected a number in \[0, 1\], got 1.5"),
         (lambda: Edit("pad", zero(), order="odd"), ValueError, "order: expected one of first, last, even, random"),
         (lambda: Edit("pad", zero(), steps=(0.5, 0.5)), ValueError, r"steps: expected from < to, got \(0.5, 0.5\)"),

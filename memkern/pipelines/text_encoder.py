@@ -6,6 +6,7 @@ in the ids that it was called with. A hook calls the module, so offloaded weight
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,3 +41,13 @@ class PadSwapHook:
         if now.owner is not self.owner or input_ids is None:
             return None
         return args[1:], {**kwargs, "input_ids": now.observe(self.slot, input_ids)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copied with its pipeline it is that of the copied patch. An encoder that is copied alone is not patched."""
+        if id(self.owner.pipe) not in memo:
+            return _nothing
+        return PadSwapHook(copy.deepcopy(self.owner, memo), copy.deepcopy(self.slot, memo))
+
+
+def _nothing(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What the hook is in such a copy."""

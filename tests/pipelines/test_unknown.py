@@ -190,3 +190,12 @@ def test_an_encode_prompt_that_encodes_otherwise_is_told(sd1):
 def test_apply_policy_refusals(embeds, ids, message):
     with pytest.raises(ValueError, match=message):
         memkern.apply_policy(embeds, ids, "zero-eot")
+
+
+def test_apply_policy_needs_the_reembedded_rows_it_reads():
+    policy = memkern.Policy([memkern.Edit("pad", memkern.policy.replace("pad-reembedded"))])
+    ids = torch.tensor([[49406, 320, 2368] + 74 * [49407]])
+    with pytest.raises(
+        ValueError, match="reembedded: policy .* reads the prompt encoded with '!' for its pads as well"
+    ):
+        memkern.apply_policy(torch.randn(1, 77, 8), ids, policy)
