@@ -6,8 +6,9 @@ import functools
 
 import pytest
 import torch
+from bench_attention_mass import SD15, arguments, materialized
 from cross_attention import CrossAttention
-from model import BATCH, Ceiling, Work, absorbed, projected, rows_work, unfused
+from model import BATCH, Ceiling, Work, absorbed, mass, projected, rows_work, unfused
 
 from memkern import lower, ops
 from memkern.ops import backends
@@ -77,6 +78,18 @@ def test_cross_attention(benchmark, layer, keys, dtype, name):
     implementations = made(layer, keys, dtype)
     torch.testing.assert_close(implementations[name](), implementations["diffusers"](), atol=3e-2, rtol=3e-2)
     measure(benchmark, implementations[name], FLOORS.get(name, unfused)(layer, keys))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("layer", SD15, ids=lambda layer: f"{layer.queries}x{layer.width}")
+@pytest.mark.parametrize("name", ["materialized", "triton"])
+def test_mass(benchmark, layer, dtype, name):
+    benchmark.group = f"attention_mass {layer.queries}×{layer.width}, {str(dtype).removeprefix('torch.')}"
+    benchmark.name = name
+    given = arguments(layer, 77, dtype, "cuda")
+    function = materialized if name == "materialized" else functools.partial(ops.attention_mass, backend=name)
+    measure(benchmark, lambda: function(*given), mass(layer, 77))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -35,7 +35,7 @@ def table(run: dict) -> list[str]:
         groups[bench["group"]].append((bench["name"], bench["extra_info"]))
     lines = []
     for group, rows in groups.items():
-        base = dict(rows).get("diffusers") or dict(rows)["clone"]
+        base = next(info for name, info in rows if name in ("diffusers", "clone", "materialized"))
         lines += [
             "",
             f"### {group}",

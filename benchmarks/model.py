@@ -96,6 +96,12 @@ def absorbed_in_two(layer: Layer, keys: int) -> Work:
     return absorbed(layer, keys) + Work(BYTES * through, 0)
 
 
+def mass(layer: Layer, keys: int) -> Work:
+    """attention_mass: q and k in, the logits twice, sums of a few bytes out."""
+    rows = BATCH * layer.queries
+    return Work(BYTES * (rows + BATCH * keys) * layer.width, 4 * rows * keys * layer.width)
+
+
 PATHS = {
     "unfused": unfused,
     "projected": projected,

@@ -125,4 +125,6 @@ def test_the_site_builds_without_a_network(tmp_path):
             r'<(?:script|img|link rel="stylesheet")[^>]*?(?:src|href)="(https?:[^"]*)', page.read_text()
         )
         assert not fetched, page
-    assert 'class="doc doc-object' in (tmp_path / "reference.html").read_text()
+    documented = (tmp_path / "reference.html").read_text() + (tmp_path / "operators.html").read_text()
+    found = set(re.findall(r'doc-(?:function|class|attribute)">\s*<h\d id="memkern[\w.]*?(\w+)"', documented))
+    assert set(memkern.__all__) | set(memkern.ops.__all__) <= found | {"ops", "__version__"}
