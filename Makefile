@@ -36,10 +36,13 @@ test-layers: test-plain
 	@echo "layer: gpu, which make gpu runs where there is a card"
 	$(PYTEST) -m "($(SPEED)) and gpu"
 
-# Operators, plans and pipelines on drawn input; what failed is kept in .hypothesis and tried first.
+# Operators, plans and pipelines on drawn input: rounds of so many examples until the minutes have passed, at least one.
+# What failed is kept in .hypothesis and tried first.
 EXAMPLES ?= 2000
+MINUTES ?= 0
 fuzz: $(READY)
-	MEMKERN_EXAMPLES=$(EXAMPLES) $(PYTEST) tests/fuzz
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	until MEMKERN_EXAMPLES=$(EXAMPLES) $(PYTEST) tests/fuzz || exit 1; [ $$(date +%s) -ge $$end ]; do :; done
 
 # The C++ of the CPU under the address and undefined-behaviour sanitizers, by the operators' tests.
 sanitize: $(READY)
