@@ -112,8 +112,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _on_cpu(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    served = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return (cpu.absorbed_attention if served else _reference)(x, *others)
+    return (cpu.absorbed_attention if x.dtype in cpu.DTYPES else _reference)(x, *others)
 
 
 _operator = register(

@@ -97,8 +97,7 @@ def _backward(ctx: Any, by_key: torch.Tensor, by_query: torch.Tensor) -> tuple[t
 def _on_cpu(
     q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    served = q.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return (cpu.attention_mass if served else _reference)(q, k, bias, weight, scale)
+    return (cpu.attention_mass if q.dtype in cpu.DTYPES else _reference)(q, k, bias, weight, scale)
 
 
 _operator = register(

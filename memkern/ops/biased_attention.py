@@ -82,8 +82,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
-    served = q.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return (cpu.biased_attention if served else _reference)(q, k, v, bias, scale)
+    return (cpu.biased_attention if q.dtype in cpu.DTYPES else _reference)(q, k, v, bias, scale)
 
 
 _operator = register(

@@ -19,6 +19,9 @@ _biased_softmax_ = torch.ops.memkern_cpu.biased_softmax_.default
 _attention_mass = torch.ops.memkern_cpu.attention_mass.default
 _biased_attention = torch.ops.memkern_cpu.biased_attention.default
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the operators below compute, in float32; anything else is the reference's."""
+
 TILE_BYTES = 1 << 22
 """Of logits, so that they stay in cache between the two products."""
 
