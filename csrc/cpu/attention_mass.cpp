@@ -54,9 +54,9 @@ std::tuple<Tensor, Tensor> attention_mass(Tensor q, Tensor k, Tensor bias, Tenso
   const int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), keys = k.size(2);
   const int64_t row = heads * q.size(3), sums = heads * padded(keys);
   Tensor by_key = torch::stable::new_zeros(bias, {batch, heads, keys});
-  Tensor by_query = torch::stable::new_empty(bias, {batch, heads, queries});
+  Tensor by_query = torch::stable::new_zeros(bias, {batch, heads, queries});
   const int64_t blocks = (queries + kBlock - 1) / kBlock;
-  if (batch * blocks * heads == 0) {
+  if (q.numel() == 0 || keys == 0) {
     return {by_key, by_query};
   }
   std::vector<float> by_block(batch * blocks * sums, 0.0f);
