@@ -196,3 +196,15 @@ def test_refusals(change, error, message):
     arguments = dict(zip(("q", "k", "bias", "weight", "scale"), sample(2, 2, 9, 7), strict=True))
     with pytest.raises(error, match=message):
         ops.attention_mass(**arguments | change)
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", INSTRUCTION_SETS)
+def test_weights_are_exact_to_roundings(capability, tmp_path):
+    """One query's mean is the softmax itself: against its first weight, exp shows, from 1 down to e^-20."""
+    k = -torch.linspace(0, 20, 4001).view(1, 1, -1, 1)
+    arguments = torch.ones(1, 1, 1, 1), k, torch.zeros(1, 4001), torch.zeros(1, 4001), 1.0
+    by_key, _ = on_instruction_set(capability, "attention_mass", arguments, tmp_path)
+    weights = by_key.flatten().double()
+    exact = k.double().flatten().exp()
+    assert (weights / weights[0] / exact - 1).abs().max() < 1.25 * torch.finfo(torch.float32).eps
