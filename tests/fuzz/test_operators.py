@@ -131,11 +131,12 @@ def test_biased_attention(backend, drawn):
     assert_accurate(out, attended(q, k, v, bias, scale), exact, v)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(drawn=attentions())
-def test_attention_mass(drawn):
+def test_attention_mass(backend, drawn):
     q, k, _, bias, scale = drawn
     weight = torch.rand(k.shape[0], k.shape[2], generator=torch.Generator().manual_seed(0))
-    by_key, by_query = ops.attention_mass(q, k, bias, weight, scale)
+    by_key, by_query = ops.attention_mass(q, k, bias, weight, scale, backend=backend)
     p = probabilities(q.double(), k.double(), bias.double(), scale)
     torch.testing.assert_close(by_key.double(), p.sum(2) / max(1, q.shape[2]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(by_query.double(), (p * weight.double()[:, None, None]).sum(-1), rtol=1e-4, atol=1e-5)
