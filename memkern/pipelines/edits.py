@@ -117,12 +117,15 @@ def edit_rows(
 def _cond_roles(
     arguments: dict[str, Any], calls_of: dict[Branch, list[Encoded]], encoders: int
 ) -> list[torch.Tensor] | None:
-    """The roles of the prompts, per text encoder: of those that were encoded, or recalled of embeddings passed in."""
+    """The roles of the prompts, per text encoder: of those that were encoded, or recalled of embeddings passed in.
+
+    Of two encoders' embeddings only the first one's roles are remembered: those are not known.
+    """
     if "cond" in calls_of:
         return [call.roles for call in calls_of["cond"]]
     given = arguments["prompt_embeds"]
     known = None if given is None else recall_edited(given)
-    return None if known is None else [known.roles] * encoders
+    return None if known is None or encoders > 1 else [known.roles]
 
 
 def _recognise(patch: Patch, branch: Branch, given: torch.Tensor, repeated: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import sd_families
+from families import sd_families, sdxl_families
 from unet_input import context_of
 
 import memkern
@@ -81,6 +81,16 @@ def test_a_negative_edited_by_the_roles_of_a_prompt_that_nobody_encoded(sd1):
         torch.testing.assert_close(image(sd1, prompt_embeds=raw, negative_prompt="blurry"), plain, rtol=1e-3, atol=1e-4)
     with memkern.patched(sd1, PAIRED), pytest.raises(memkern.UnmitigatedError):
         image(sd1, prompt_embeds=raw, negative_prompt="blurry")
+
+
+@torch.no_grad()
+def test_a_negative_of_two_encoders_whose_prompt_came_as_embeddings(tokenizers):
+    """Of the prompt's second encoder the roles are not known by then."""
+    family = sdxl_families(tokenizers)["StableDiffusionXLPipeline"]()
+    memkern.patch(family.pipe, Policy([Edit("pad", zero(), branch="uncond", roles_of="cond")]))
+    cond, _, pooled, _ = family.pipe.encode_prompt("a cat", negative_prompt="blurry", device="cpu")
+    with pytest.raises(memkern.UnmitigatedError, match="its prompt was not encoded with it"):
+        family(None, prompt_embeds=cond, pooled_prompt_embeds=pooled, negative_prompt="blurry")
 
 
 @torch.no_grad()
