@@ -35,10 +35,11 @@ inline void check_bias(const Tensor& bias, const Tensor& k) {
 // The heads of all sequences as attend() reads them; excluded rows are 0, so that a NaN in them stays there.
 class Heads {
  public:
-  Heads(int64_t length, int64_t width, int64_t count)
+  // Room for `count` heads, and for their values where there are `values`.
+  Heads(int64_t length, int64_t width, int64_t count, bool values)
       : length_(length),
         width_(width),
-        size_(width * padded(length) + length * padded(width) + padded(length)),
+        size_((width + 1) * padded(length) + (values ? length * padded(width) : 0)),
         storage_(count * size_) {
     heads_.reserve(count);
   }
@@ -54,8 +55,8 @@ class Heads {
     const int64_t keys = padded(length);
     const int64_t columns = padded(width_);
     float* k_out = storage_.data() + heads_.size() * size_;
-    float* v_out = k_out + width_ * keys;
-    float* bias_out = v_out + length * columns;
+    float* bias_out = k_out + width_ * keys;
+    float* v_out = bias_out + keys;
     std::vector<float> row(width_);
     for (int64_t i = 0; i < keys; ++i) {
       bias_out[i] = i < length ? bias[i] : kExcluded;
@@ -87,7 +88,7 @@ class Heads {
 
 template <typename T>
 Heads pack_heads(const Tensor& k, const Tensor* v, const Tensor& bias, float scale) {
-  Heads packed(k.size(2), k.size(3), k.size(0) * k.size(1));
+  Heads packed(k.size(2), k.size(3), k.size(0) * k.size(1), v != nullptr);
   const int64_t bias_step = bias.size(1) == 1 ? 0 : bias.stride(1);
   for (int64_t b = 0; b < k.size(0); ++b) {
     for (int64_t h = 0; h < k.size(1); ++h) {

@@ -55,8 +55,8 @@ class Recorder:
         self.patch, self.probe = patched, probe
         self.step, self.prompt = -1, patched.prompt_number
         self.sample: tuple[int, int] | None = None
-        self._last: tuple[weakref.ref[torch.Tensor], int | None, Rows] | None = None
-        self._sources: dict[Active, Source] = {}
+        self._last: tuple[weakref.ref[torch.Tensor], int | None, Rows, torch.Tensor] | None = None
+        self._sources: dict[Active, tuple[Source, torch.Tensor]] = {}
         unet = patched.pipe.unet
         layers = cross_attention_layers(unet)
         first = layers[0][0].split(".")[:2] if layers else []
@@ -74,29 +74,36 @@ class Recorder:
 
     def record(self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, *, mapped: bool) -> None:
         """Compute and keep the mass of one call of a layer."""
-        stage, rows = self.patch.watching, self._rows(context)
-        roles = stage.roles(rows, context.shape[1])
-        source = self._source(stage, context, rows, stage.active(name, x.shape[1]))
-        size = layer_size(x.shape[1], self.sample) if mapped else None
-        mass, on_eot = attention_mass(attn, x, source, None if size is None else roles == Role.EOT)
+        stage = self.patch.watching
+        rows, roles = self._rows(stage, context)
+        source, eot = self._source(stage, context, rows, roles, stage.active(name, x.shape[1]))
+        mass, on_eot = attention_mass(attn, x, source, eot)
         positions = torch.zeros(context.shape[:2], device=mass.device).scatter_add_(1, source.keys.index, mass)
-        shaped = None if on_eot is None or size is None else on_eot.view(-1, *size)
+        size = layer_size(x.shape[1], self.sample) if mapped else None
+        shaped = None if size is None else on_eot.view(-1, *size)
         self.probe.records.append(Record(name, self.step, rows, roles, positions, shaped))
 
-    def _rows(self, context: torch.Tensor) -> Rows:
+    def _rows(self, stage: KVStage, context: torch.Tensor) -> tuple[Rows, torch.Tensor]:
+        """What the rows of a context are, and their roles, uint8 `[B, L]` on the host; once per context."""
         version = None if context.is_inference() else context._version
         if self._last is None or self._last[0]() is not context or self._last[1] != version:
-            self._last = weakref.ref(context), version, recognise(context, self.patch.encodings)
+            rows = recognise(context, self.patch.encodings)
+            self._last = weakref.ref(context), version, rows, stage.roles(rows, context.shape[1])
             self._sources.clear()
-        return self._last[2]
+        return self._last[2:]
 
-    def _source(self, stage: KVStage, context: torch.Tensor, rows: Rows, active: Active) -> Source:
-        """What layers attend to under the edits `active`, every key for itself; once per context."""
+    def _source(
+        self, stage: KVStage, context: torch.Tensor, rows: Rows, roles: torch.Tensor, active: Active
+    ) -> tuple[Source, torch.Tensor]:
+        """What layers attend to under the edits `active`, every key for itself, and which keys are EOT's, float32
+        `[B, n]`; once per context.
+        """
         if active not in self._sources:
             found = stage.source(context, rows, active, "torch", coalesced=False)
             if found is None:
                 found = edited(context, Plan.identity(*context.shape[:2]), backend="torch", coalesced=False)
-            self._sources[active] = found
+            eot = (roles == Role.EOT).to(context.device).gather(1, found.keys.index)
+            self._sources[active] = found, eot.float()
         return self._sources[active]
 
     def remove(self) -> None:
@@ -106,22 +113,21 @@ class Recorder:
 
 
 def attention_mass(
-    attn: Any, x: torch.Tensor, source: Source, among: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The mass on each of the source's keys, float32 `[B, n]`, and for each query that on the keys `among`.
+    attn: Any, x: torch.Tensor, source: Source, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mass on each of the source's keys, float32 `[B, n]`, and on those of `weight` for each query, `[B, N]`.
 
     Args:
         x: hidden states `[B, N, C]`.
-        among: bool `[B, L]` on the host, positions; then the second result is float32 `[B, N]`.
+        weight: float32 `[B, n]`, 1 for the keys to sum.
     """
     keys = source.keys
     k = split_heads(source.project(attn)[0], attn.heads)  # [B, H, n, D]
     q = split_heads(attn.to_q(x), attn.heads)
     for attenuation in source.attenuation:
         k = k * attenuation.factors(q, k, attn.scale).unsqueeze(-1).to(k.dtype)
-    weight = torch.zeros_like(keys.bias) if among is None else among.to(x.device).gather(1, keys.index).float()
     by_key, by_query = ops.attention_mass(q, k, keys.bias, weight, attn.scale)
-    return by_key.mean(1), None if among is None else by_query.mean(1)
+    return by_key.mean(1), by_query.mean(1)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .acceleration import Acceleration
+from .hooks import nothing
 
 
 class UNetHook:
@@ -32,10 +33,10 @@ class UNetHook:
                 stage.position = position(timestep, getattr(self.scheduler(), "timesteps", None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _nothing
+        return nothing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return copy.copy, (_nothing,)
+        return copy.copy, (nothing,)
 
 
 def position(timestep: Any, timesteps: torch.Tensor | None) -> float | None:
@@ -53,7 +54,3 @@ def position(timestep: Any, timesteps: torch.Tensor | None) -> float | None:
     times = timesteps.detach().cpu().tolist()
     value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
     return times.index(value) / count if value in times else None
-
-
-def _nothing(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What the hook is in a copy of the UNet, which is not patched."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import encoding
+from .hooks import nothing
 from .slots import Slot
 
 if TYPE_CHECKING:
@@ -45,9 +46,5 @@ class PadSwapHook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copied with its pipeline it is that of the copied patch. An encoder that is copied alone is not patched."""
         if id(self.owner.pipe) not in memo:
-            return _nothing
+            return nothing
         return PadSwapHook(copy.deepcopy(self.owner, memo), copy.deepcopy(self.slot, memo))
-
-
-def _nothing(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What the hook is in such a copy."""
