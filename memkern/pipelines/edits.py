@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +96,8 @@ def edit_rows(
     if patch.policy.edits_on(branch):
         edited = embeds.clone()
         columns = layout.columns(patch.pipe, slots(patch.pipe), embeds.shape[-1])
-        for call, part, cond_roles in zip(encoded, columns, paired or itertools.repeat(None), strict=False):
+        of_prompts: Sequence[torch.Tensor | None] = paired or [None] * len(encoded)
+        for call, part, cond_roles in zip(encoded, columns, of_prompts, strict=True):
             # The rows behind CLIP's, of an encoder that is none, stay as they are.
             rows = slice(0, call.roles.shape[1])
             edited[:, rows, part] = edit_embeddings(
