@@ -14,7 +14,7 @@ from pairs import compare
 from memkern.ops.cpu import Product
 from memkern.ops.triton.layers import CONTEXT_WIDTHS, Layer
 from memkern.pipelines.acceleration import Acceleration
-from memkern.pipelines.cross_attention import CrossAttentionProcessor
+from memkern.pipelines.unet.processor import CrossAttentionProcessor
 
 SD15 = [Layer("SD 1.5", *size, 8) for size in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))]
 SDXL = [Layer("SDXL", 4096, 640, 10), Layer("SDXL", 1024, 1280, 20)]

@@ -11,7 +11,7 @@ from . import ops
 from .embeddings import apply_policy
 from .errors import UnmitigatedError, UnmitigatedWarning
 from .info import info
-from .pipelines import Patch, Probe, Support, patch, patched, probe, status, support, unpatch
+from .pipelines import Counts, Patch, Probe, Record, Support, patch, patched, probe, status, support, unpatch, using
 from .plan import Plan, lower
 from .policy import Edit, Policy
 from .presets import PRESETS
@@ -20,11 +20,13 @@ from .version import __version__
 
 __all__ = [
     "PRESETS",
+    "Counts",
     "Edit",
     "Patch",
     "Plan",
     "Policy",
     "Probe",
+    "Record",
     "Role",
     "Support",
     "UnmitigatedError",
@@ -41,4 +43,5 @@ __all__ = [
     "support",
     "token_roles",
     "unpatch",
+    "using",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import ops
-from .ledger import Edited, remember_edited
+from .ledger import LEDGER, KnownRow
 from .plan import Plan, bank_rows, lower
 from .policy import Branch, Policy
 from .roles import CLIP_EOT_ID, CONTEXT_LENGTH, Role, token_roles
@@ -71,7 +71,7 @@ def apply_policy(
         raise ValueError(
             f"cond_input_ids: policy '{policy}' edits negative rows by the roles of their prompts; give them"
         )
-    return edit_embeddings(
+    edited = edit_embeddings(
         embeds,
         roles,
         policy,
@@ -81,6 +81,10 @@ def apply_policy(
         context_length=context_length,
         backend=backend,
     )
+    images = embeds.shape[0] // max(1, roles.shape[0])
+    known = [KnownRow(policy, branch, (row,), window=context_length) for row in roles.cpu()]
+    LEDGER.remember(edited, [row for row in known for _ in range(images)])
+    return edited
 
 
 def edit_embeddings(
@@ -96,8 +100,8 @@ def edit_embeddings(
 ) -> torch.Tensor:
     """Apply the policy's edits (not its re-embedding) to `embeds` `[B·n, L, D]` with `roles` `[B, L]`.
 
-    The plan is made where the roles are, usually on the host; embeddings on a device are not waited for. The
-    result, which is `embeds` itself where there is nothing to edit, is remembered as edited.
+    The plan is made where the roles are, usually on the host; embeddings on a device are not waited for. The result
+    is `embeds` itself where there is nothing to edit.
     """
     if embeds.dim() != 3 or embeds.shape[1] != roles.shape[1] or embeds.shape[0] % max(1, roles.shape[0]):
         raise ValueError(f"embeds: expected [B·n, L, D] for roles {list(roles.shape)}, got {list(embeds.shape)}")
@@ -112,7 +116,6 @@ def edit_embeddings(
         reembedded = None if reembedded is None else reembedded.repeat_interleave(images, 0)
         bank = bank_rows(own, embeds, spread, reembedded, context_length=context_length)
         edited = ops.edit_embeds(embeds, bank, source, scale, backend=backend)
-    remember_edited(edited, Edited(policy, branch, roles))
     return edited
 
 

@@ -1,63 +1,171 @@
-"""Which tensors memkern has edited, how, and for which branch, so that they are known when they come back.
+"""Which rows memkern has made, how, and for which branch, so that they are known when they come back.
 
-`prompt_embeds` carry no token ids, so a patched pipeline cannot classify them; it can recognise its own.
-Entries are weak and by identity: a copy, a cast or a concatenation is a tensor that nobody vouches for.
+Embeddings carry no token ids, so a patched pipeline cannot classify those that it is given; it can recognise its own:
+that very tensor, or else rows of the same values.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from .policy import Branch, Policy
+from .policy import BRANCHES, Branch, Policy
+from .roles import CONTEXT_LENGTH
+from .seen import Seen, fingerprints
 
 Stage = Literal["embeds", "kv"]
 
+LIMIT = 4096
+"""Rows of how many different values are remembered beyond the life of their tensors."""
 
-@dataclass(frozen=True)
-class Edited:
-    """What is known of embeddings.
+UNRESOLVED = 64
+"""How many batches may wait on their device until someone asks for a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class KnownRow:
+    """What is known of one row of embeddings `[L, D]`.
 
     Attributes:
-        policy: what they were made under.
-        branch: whose they are.
-        roles: uint8 `[B, L]` on the host.
-        stage: "embeds": they are edited; "kv": only their pads are, keys and values will be.
-        reembedded: `[B, L, D]`, the same prompts encoded with "!" for their pads, where the policy reads that.
+        policy: what it was made under.
+        branch: whose it is.
+        roles: of each text encoder, uint8 `[L]` on the host.
+        stage: "embeds": it is edited; "kv": only its pads are, keys and values will be.
+        columns: of each text encoder, the columns it made; all of them if empty.
+        paired: the roles of the prompt it belongs to, as `roles`, for a row of a negative prompt; None if not known.
+        reembedded: `[L, D]`, the same prompt encoded with "!" for its pads, where the policy reads that.
+        window: tokens in a window.
+        unedited: whether the policy should have edited it and could not.
+        maker: the `Patch` that made it, weakly, where one did.
     """
 
     policy: Policy
     branch: Branch
-    roles: torch.Tensor
+    roles: tuple[torch.Tensor, ...]
     stage: Stage = "embeds"
+    columns: tuple[slice, ...] = ()
+    paired: tuple[torch.Tensor, ...] | None = None
     reembedded: torch.Tensor | None = None
+    window: int = CONTEXT_LENGTH
+    unedited: bool = False
+    maker: weakref.ref[Any] | None = field(default=None, repr=False)
 
-    def is_made_for(self, policy: Policy, branch: Branch, stage: Stage) -> bool:
-        """Whether they are what a pipeline with this in force makes."""
-        return (self.policy, self.branch, self.stage) == (policy, branch, stage)
-
-
-_edited: dict[int, tuple[weakref.ref[torch.Tensor], int, Edited]] = {}
-
-
-def remember_edited(tensor: torch.Tensor, edited: Edited) -> None:
-    """Note what is known of the embeddings `tensor` `[B·n, L, D]`, as they are now."""
-    key = id(tensor)
-    reference = weakref.ref(tensor, lambda _: _edited.pop(key, None))
-    _edited[key] = (reference, _version(tensor), edited)
+    def serves(self, policy: Policy, stage: Stage) -> bool:
+        """Whether it is what a pipeline with this in force makes; rows that are edited already serve at both stages."""
+        return not self.unedited and self.policy == policy and self.stage in ("embeds", stage)
 
 
-def recall_edited(tensor: torch.Tensor) -> Edited | None:
-    """How `tensor` was edited; None if it was not, or was written to since."""
-    entry = _edited.get(id(tensor))
-    if entry is None:
-        return None
-    reference, version, edited = entry
-    return edited if reference() is tensor and version == _version(tensor) else None
+KnownRows = tuple[KnownRow | None, ...]
+"""What each row of a batch is; None for one that memkern did not make."""
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def row_keys(rows: torch.Tensor) -> Iterator[Hashable]:
+    """What each of `rows` `[B, L, D]` is found by; one device sync."""
+    return _keys(fingerprints(rows), rows.shape[1:], rows.dtype)
+
+
+def _keys(numbers: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> Iterator[Hashable]:
+    return ((number, shape, dtype) for number in numbers.tolist())
+
+
+class RowTable:
+    """Known rows by their values.
+
+    Args:
+        limit: how many different values are kept, the oldest leaving first; None for all.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._rows: OrderedDict[Hashable, list[KnownRow]] = OrderedDict()
+        self._limit = limit
+
+    def add(self, keys: Iterable[Hashable], rows: Sequence[KnownRow]) -> None:
+        """Note the rows of one batch; equal ones of an earlier batch made for the same purpose go."""
+        found: dict[Hashable, list[KnownRow]] = {}
+        for key, row in zip(keys, rows, strict=True):
+            found.setdefault(key, []).append(row)
+        for key, new in found.items():
+            purposes = {(row.policy, row.branch, row.stage) for row in new}
+            old = self._rows.pop(key, ())
+            self._rows[key] = [row for row in old if (row.policy, row.branch, row.stage) not in purposes] + new
+        while self._limit is not None and len(self._rows) > self._limit:
+            self._rows.popitem(last=False)
+
+    def get(self, key: Hashable) -> Sequence[KnownRow]:
+        """The rows of these values, those of negative prompts first, in the order of their batches."""
+        return sorted(self._rows.get(key, ()), key=lambda row: -BRANCHES.index(row.branch))
+
+
+class Ledger:
+    """The rows of a process."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Hashable, tuple[Seen, tuple[KnownRow, ...]]] = {}
+        self._table = RowTable(LIMIT)
+        self._unresolved: deque[tuple[torch.Tensor, torch.Size, torch.dtype, tuple[KnownRow, ...]]] = deque()
+        self._lock = threading.RLock()
+
+    def remember(self, tensor: torch.Tensor, rows: Sequence[KnownRow]) -> None:
+        """Note what the rows of `tensor` `[B, L, D]` are, as they are now; no device sync on most calls."""
+        if tensor.device.type == "meta":
+            return
+        key, rows = Seen.key(tensor), tuple(rows)
+
+        def forget(reference: Any) -> None:
+            kept = self._tensors.get(key)
+            if kept is not None and kept[0].reference is reference:
+                self._tensors.pop(key, None)
+
+        self._tensors[key] = Seen(tensor, forget), rows
+        # Rows that hold tensors of a device live as long as their session.
+        if any(row.reembedded is not None or row.unedited for row in rows):
+            return
+        with self._lock:
+            self._unresolved.append((fingerprints(tensor), tensor.shape[1:], tensor.dtype, rows))
+            if len(self._unresolved) > UNRESOLVED:
+                self._resolve()
+
+    def recall(
+        self, tensor: torch.Tensor, first: RowTable | None = None, prefer: Callable[[KnownRow], bool] = bool
+    ) -> KnownRows:
+        """What the rows of `tensor` `[B, L, D]` are: by identity, else by value, which takes a device sync.
+
+        Where several are equal, as images of a prompt are, each is taken as often as the others.
+
+        Args:
+            first: rows that are looked at before the process's own.
+            prefer: which of those that were made for different purposes are taken.
+        """
+        entry = self._tensors.get(Seen.key(tensor))
+        if entry is not None and entry[0].is_still(tensor):
+            return entry[1]
+        if tensor.dim() != 3 or tensor.device.type == "meta":
+            return (None,) * len(tensor)
+        return self._find(row_keys(tensor), first, prefer)
+
+    def _find(self, keys: Iterable[Hashable], first: RowTable | None, prefer: Callable[[KnownRow], bool]) -> KnownRows:
+        used: Counter[int] = Counter()
+        found: list[KnownRow | None] = []
+        with self._lock:
+            self._resolve()
+            for key in keys:
+                same = (first.get(key) if first is not None else ()) or self._table.get(key)
+                row = min([row for row in same if prefer(row)] or same, key=lambda row: used[id(row)], default=None)
+                used[id(row)] += 1
+                found.append(row)
+        return tuple(found)
+
+    def _resolve(self) -> None:
+        while self._unresolved:
+            numbers, shape, dtype, rows = self._unresolved.popleft()
+            self._table.add(_keys(numbers, shape, dtype), rows)
+
+
+LEDGER = Ledger()
+"""What `apply_policy` and every patched pipeline of this process made."""

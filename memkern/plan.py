@@ -47,9 +47,12 @@ class Plan:
     @property
     def is_identity(self) -> bool:
         """Whether it changes nothing. A device sync, for a plan on a device."""
-        own = Plan.identity(self.source.shape[0], self.source.shape[1], self.source.device)
+        return self.equals(Plan.identity(self.source.shape[0], self.source.shape[1], self.source.device))
+
+    def equals(self, other: Plan) -> bool:
+        """Whether both do the same. A device sync, for plans on a device."""
         names = ("source", "k_scale", "v_scale", "bias")
-        return all(torch.equal(getattr(self, name), getattr(own, name)) for name in names)
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in names)
 
     def rows(self, part: slice) -> Plan:
         """The plan of some of the rows."""
@@ -115,6 +118,35 @@ def lower(
             source = torch.where(selected, target, source)
             scale = scale.masked_fill(selected, _KEPT.get(action.kind, 1.0 - value))
     return Plan(source, scale * logit_scale, scale, bias)
+
+
+def shared_logits(plans: Sequence[Plan]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What happens to the logits of keys that several text encoders made together, each of them its own columns.
+
+    Args:
+        plans: one per encoder, of the same rows.
+
+    Returns:
+        factor, bias: float32 `[B, L]`, what multiplies a key's logit and what is added to it. An encoder whose
+        columns are zeroed has no part in a logit, and no say in its factor.
+
+    Raises:
+        ValueError: a key cannot be both that its encoders' roles ask for.
+    """
+    bias = plans[0].bias
+    factor = torch.full_like(bias, torch.nan)
+    for plan in plans:
+        own = torch.where(plan.v_scale != 0, plan.k_scale / plan.v_scale, torch.nan)
+        for asked, found in ((plan.bias, bias), (own, factor)):
+            differs = (asked != found) & ~asked.isnan() & ~found.isnan()
+            if differs.any():
+                row, key = differs.nonzero()[0].tolist()
+                raise ValueError(
+                    f"key {key} of row {row} would have its logit edited for one and not, or otherwise, for another; "
+                    "a policy that edits embeddings alone edits each one's columns"
+                )
+        factor = torch.where(factor.isnan(), own, factor)
+    return factor.nan_to_num(nan=1.0), bias
 
 
 def select(edit: Edit, roles: torch.Tensor) -> torch.Tensor:

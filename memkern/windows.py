@@ -54,6 +54,11 @@ def layer_size(queries: int, sample: tuple[int, int] | None) -> tuple[int, int] 
     return size if size[0] * size[1] == queries else None
 
 
+def is_size(layer: str) -> bool:
+    """Whether a window names a resolution, which any layer may have, rather than a block or a layer."""
+    return _RESOLUTION.fullmatch(layer) is not None
+
+
 def _matches(layer: str, name: str, size: tuple[int, int] | None) -> bool:
     resolution = _RESOLUTION.fullmatch(layer)
     if resolution:

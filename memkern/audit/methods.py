@@ -13,7 +13,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..pipelines import patched
-from ..pipelines.schedule import position
+from ..pipelines.unet.schedule import position
 from ..policy import Policy
 
 UNMITIGATED = "none"

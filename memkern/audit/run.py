@@ -122,7 +122,7 @@ def _prompts(model: str, path: Path | None, references: str | None, limit: int |
 def _pipeline(model: str, rank: int) -> Any:
     from diffusers import DiffusionPipeline
 
-    from ..pipelines.report import report
+    from ..pipelines.support import report
 
     if model == EMBEDDED:
         pipe = embedded.load()

@@ -1,17 +1,19 @@
 """Patching diffusers pipelines."""
 
-from .instance import Patch
-from .patching import patch, patched, status, unpatch
-from .probe import probe
-from .record import Probe
-from .report import Support
-from .report import report as support
+from .patch import Patch
+from .patching import patch, patched, status, unpatch, using
+from .probe import Probe, probe
+from .session import Counts, Record
 from .status import PromptStatus, Status
+from .support import Support
+from .support import report as support
 
 __all__ = [
+    "Counts",
     "Patch",
     "Probe",
     "PromptStatus",
+    "Record",
     "Status",
     "Support",
     "patch",
@@ -20,4 +22,5 @@ __all__ = [
     "status",
     "support",
     "unpatch",
+    "using",
 ]

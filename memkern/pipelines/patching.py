@@ -1,43 +1,56 @@
-"""Patching a diffusers pipeline, and the way back."""
+"""Patching a diffusers pipeline, settings of one request, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from ..policy import Policy
-from . import supported
-from .instance import OnUnknown, Patch, StageChoice, find
+from .family import refusals
+from .holders import LOCK
+from .instance import Family, family_of, find
+from .patch import Patch, in_force
+from .session import Settings
 from .status import Status
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def patch(
-    pipe: Any,
-    policy: Policy | str = "swap-pad-zero-eot",
-    *,
-    backend: str = "auto",
-    on_unknown: OnUnknown = "raise",
-    accelerate: bool = True,
-    stage: StageChoice = "auto",
-    controlnet: bool = True,
-) -> Patch:
+
+def _takes_settings(function: Function) -> Function:
+    """Let the signature say what `**settings` are: their names and defaults are written once, in `Settings`."""
+    signature = inspect.signature(function)
+    named = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = {one.name for one in named}
+    settings = [
+        one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for one in inspect.signature(Settings).parameters.values()
+        if one.name not in known
+    ]
+    function.__signature__ = signature.replace(parameters=[*named, *settings])  # type: ignore[attr-defined]
+    return function
+
+
+@_takes_settings
+def patch(pipe: Any, policy: Policy | str = "swap-pad-zero-eot", **settings: Any) -> Patch:
     """Protect a diffusers pipeline: from now on its prompts are edited as `policy` says.
 
     Args:
         pipe: a pipeline whose context comes from CLIP (see `memkern.support`). Patching it again replaces what is in
             force and returns the same `Patch`.
         policy: a `Policy` or a preset's name; the default is method 1 of Kim & No (arXiv 2605.02908).
-        backend: of the operators, one of `memkern.ops.BACKENDS`.
-        on_unknown: what happens when a prompt cannot be classified, such as raw `prompt_embeds`: "raise"
-            an `UnmitigatedError`, "warn" with an `UnmitigatedWarning`, or "pass".
+        backend: of the operators, one of `memkern.ops.BACKENDS`; "auto".
+        on_unknown: what happens when rows would go unedited, such as raw `prompt_embeds`: "raise" an
+            `UnmitigatedError` (the default), "warn" with an `UnmitigatedWarning`, or "pass".
         accelerate: whether the UNet's cross-attention layers are computed by memkern where that is faster;
-            False leaves the UNet as it is, at the embeds stage.
+            False leaves the UNet's own computation as it is, at the embeds stage. True.
         stage: where the policy is applied. "embeds": once, on the text encoder's output. "kv": on the keys and
             values of the UNet's cross-attention layers, which actions on logits and windows of layers and steps
-            need. "auto": on the embeddings where that can express the policy. Both give the same image.
+            need. "auto": on the embeddings where that can express the policy. Both give the same image. "auto".
         controlnet: whether the cross-attention of the pipeline's ControlNets is treated as the UNet's is. Edited
-            embeddings reach it in any case; False leaves its own keys and values, and its speed, alone.
+            embeddings reach it in any case; False leaves its own keys and values, and its speed, alone. True.
+        report: called with a `Record` of each call of the pipeline; None.
 
     Returns:
         The `Patch`.
@@ -47,22 +60,16 @@ def patch(
         ValueError: the pipeline is not supported, or not at the stage the policy needs (with the reasons), or an
             argument is out of range.
     """
-    supported.require(pipe)
-    policy = Policy.of(policy)
-    settings: dict[str, Any] = {
-        "backend": backend,
-        "on_unknown": on_unknown,
-        "accelerate": accelerate,
-        "stage": stage,
-        "controlnet": controlnet,
-    }
-    existing = find(pipe)
-    if existing is not None:
-        existing.update(policy, **settings)
+    refusals.require_pipeline(pipe)
+    wanted = Settings().changed(policy, **settings)
+    with LOCK:
+        existing = find(pipe)
+        if existing is None:
+            refusals.require(pipe)
+            return Family(pipe, wanted).install(pipe)
+        existing.update(**vars(wanted))
+        existing.family.blocks = None
         return existing
-    made = Patch(pipe, policy, **settings)
-    made.install()
-    return made
 
 
 def unpatch(pipe: object) -> None:
@@ -78,20 +85,66 @@ def status(pipe: object) -> Status:
     return Status(patched=False) if found is None else found.status()
 
 
+@_takes_settings
+@contextmanager
+def using(pipe: Any, policy: Policy | str | None = None, **settings: Any) -> Iterator[Patch]:
+    """Let other settings be in force for calls of a patched pipeline that are made in this context, and no others.
+
+    A context is a thread or an asyncio task (`contextvars`): requests beside it do not see it, and `asyncio.to_thread`
+    takes it along. Blocks nest; what is not named stays as it is around the block. "none" leaves prompts
+    unprotected by choice.
+
+        with memkern.using(pipe, "zero-pad:0.4"):
+            pipe("a cat")
+
+    Args:
+        pipe: the pipeline, or a copy of it.
+        policy, settings: as those of `patch`.
+
+    Yields:
+        The `Patch`.
+
+    Raises:
+        ValueError: `pipe` is not patched, or the settings cannot be in force on it.
+    """
+    found = find(pipe)
+    if found is None:
+        raise ValueError(f"using: this {type(pipe).__name__} is not patched; call memkern.patch(pipe) first")
+    chosen = found.in_force.changed(policy, **settings)
+    found.check(chosen)
+    with in_force(found, chosen, whole_family=found.family.is_first(found)):
+        yield found
+
+
+@_takes_settings
 @contextmanager
 def patched(pipe: Any, policy: Policy | str = "swap-pad-zero-eot", **settings: Any) -> Iterator[Patch]:
-    """`patch` for the length of a `with` block; what was in force before is restored in any case.
+    """`patch` for the length of a `with` block.
+
+    On a pipeline that is patched it is `using`. One that is not is patched, and restored in any case when the last of
+    the blocks that need it has ended.
 
     Args:
         pipe, policy, settings: as those of `patch`.
     """
-    before = find(pipe)
-    former = None if before is None else before.settings
-    made = patch(pipe, policy, **settings)
+    with LOCK:
+        family = family_of(pipe)
+        found = find(pipe) if family is not None else patch(pipe, policy, **settings)
+        assert found is not None
+        if family is None:
+            found.family.blocks = 0
+        counted = found.family.blocks is not None
+        if found.family.blocks is not None:
+            found.family.blocks += 1
     try:
-        yield made
-    finally:
-        if former is None:
-            made.remove()
+        if family is None:
+            yield found
         else:
-            made.update(**former)
+            with using(pipe, policy, **settings):
+                yield found
+    finally:
+        with LOCK:
+            if counted and found.family.blocks is not None:
+                found.family.blocks -= 1
+                if found.family.blocks == 0:
+                    found.remove()

@@ -1,9 +1,9 @@
-"""What is in force on a pipeline, as a value to print."""
+"""What is in force on a pipeline and what it came to, as a value to print."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -12,14 +12,9 @@ from ..ops import backends
 from ..plan import lower
 from ..policy import Branch, Policy
 from ..roles import Role
-from . import layout
-from .encoding import Encoded
-from .sites import unwrapped
-from .slots import slots
-
-if TYPE_CHECKING:
-    from .instance import Patch
-
+from .family import outputs
+from .family.encoders import EncoderCall
+from .session import Counts, Session
 
 _SEEN = {"embeds": "edits of embeddings", "kv": "roles"}
 
@@ -56,13 +51,16 @@ class Status:
 
     Attributes:
         patched: whether it is patched; if not, the rest is empty.
-        policy: the policy in force.
+        policy: the policy in force in this context.
         sites: what was replaced.
         backend: the backend asked for, the one in use for CPU tensors, and why not another.
-        on_unknown: what happens to a prompt that cannot be classified.
+        on_unknown: what happens to rows that would go unedited.
         layers: cross-attention layer → what it did with the last context, and the estimates behind that.
+        reached: what of the last call did not reach the UNet as the policy asks for, and why.
+        kept: bytes that the last call kept of its contexts.
+        counts: rows since the pipeline was patched.
         notes: what else a user should know.
-        prompts: the rows of the last `encode_prompt`.
+        prompts: the rows of the last `encode_prompt`, and what the policy does to each.
     """
 
     patched: bool
@@ -71,40 +69,38 @@ class Status:
     backend: str = ""
     on_unknown: str = ""
     layers: dict[str, str] = field(default_factory=dict)
+    reached: tuple[str, ...] = ()
+    kept: int = 0
+    counts: Counts = field(default_factory=Counts)
     notes: tuple[str, ...] = ()
     prompts: tuple[PromptStatus, ...] = ()
 
     @classmethod
-    def of(cls, patch: Patch) -> Status:
-        """The status of a patch; that of an unpatched pipeline once it is removed."""
-        if not patch.installed:
+    def of(cls, patch: Any) -> Status:
+        """The status of a `Patch`; that of an unpatched pipeline once it is removed."""
+        if patch.is_removed:
             return cls(patched=False)
-        pipe, policy = patch.pipe, patch.policy
+        pipe, settings, last = patch.pipe, patch.in_force, patch.last
         return cls(
             patched=True,
-            policy=policy,
+            policy=settings.policy,
             sites=(
-                *(f"{type(getattr(pipe, slot.encoder)).__name__} embeddings: pad swap" for slot in slots(pipe)),
-                f"{type(pipe).__name__}.{layout.method(pipe)}: {_SEEN[patch.stage]}",
+                *(
+                    f"{type(getattr(pipe, slot.encoder)).__name__} embeddings: pad swap"
+                    for slot in patch.slots
+                    if slot.refusal(pipe) is None
+                ),
+                f"{patch.base.__name__}.{outputs.method(pipe)}: {_SEEN[settings.applied]}",
                 *_unet_site(patch),
             ),
-            backend=_describe_backend(patch.backend),
-            on_unknown=patch.on_unknown,
-            layers={name: str(choice) for name, choice in patch.acceleration.choices.items()},
+            backend=_describe_backend(settings.backend),
+            on_unknown=settings.on_unknown,
+            layers={} if last is None else {name: str(choice) for name, choice in last.layers.items()},
+            reached=() if last is None else _reached(last),
+            kept=0 if last is None else last.size,
+            counts=patch.tally.total,
             notes=_notes(patch),
-            prompts=tuple(
-                row
-                for branch, calls in patch.prompts.items()
-                for index, encoded in enumerate(calls)
-                for row in describe(
-                    encoded,
-                    policy,
-                    branch,
-                    patch.context_length,
-                    patch.prompts["cond"][index] if "cond" in patch.prompts else None,
-                    named=len(calls) > 1,
-                )
-            ),
+            prompts=() if last is None else edits_of(last),
         )
 
     def __str__(self) -> str:
@@ -115,19 +111,47 @@ class Status:
             *(f"site        {site}" for site in self.sites),
             f"backend     {self.backend}",
             f"on_unknown  {self.on_unknown}",
+            f"rows        {self.counts}",
             *(f"layer       {name}: {choice}" for name, choice in self.layers.items()),
+            *(f"unedited    {line}" for line in self.reached),
+            *([f"kept        {self.kept} bytes of contexts"] if self.kept else []),
             *(f"note        {note}" for note in self.notes),
             *(f"prompt      {prompt}" for prompt in self.prompts),
         ]
         return "\n".join(lines)
 
 
+def edits_of(session: Session) -> tuple[PromptStatus, ...]:
+    """What was done to each row that a session encoded; nothing where it reached the UNet unedited."""
+    cond = session.calls.get("cond")
+    untouched = bool(session.reasons)
+    return tuple(
+        row
+        for branch, calls in session.calls.items()
+        for index, encoded in enumerate(calls)
+        for row in describe(
+            encoded,
+            Policy() if untouched else session.settings.policy,
+            branch,
+            session.patch.context_length,
+            None if cond is None else cond[index],
+            named=len(calls) > 1,
+        )
+    )
+
+
+def _reached(session: Session) -> tuple[str, ...]:
+    """What of a session's call did not reach the UNet as its policy asks for."""
+    lines = [f"{name}: {cause}" for name, cause in session.unreached.items()]
+    return (*lines, *(reason for reason in session.reasons))
+
+
 def describe(
-    encoded: Encoded,
+    encoded: EncoderCall,
     policy: Policy,
     branch: Branch,
     context_length: int,
-    cond: Encoded | None = None,
+    cond: EncoderCall | None = None,
     *,
     named: bool = False,
 ) -> list[PromptStatus]:
@@ -150,7 +174,7 @@ def describe(
             encoded.slot.encoder if named else "",
         )
         for roles, edited, reembedded in zip(
-            encoded.roles, count_edits(plan, encoded.roles), encoded.reembedded, strict=True
+            encoded.roles, count_edits(plan, encoded.roles), encoded.swapped, strict=True
         )
     ]
 
@@ -164,28 +188,38 @@ def _describe_backend(asked: str) -> str:
     return f"auto: {runs['cpu']} on CPU, {runs['cuda']} on CUDA{because}"
 
 
-def _unet_site(patch: Patch) -> list[str]:
-    sites = patch.sites
-    if sites is None or not sites.count:
+def _unet_site(patch: Any) -> list[str]:
+    settings = patch.in_force
+    sites = [site for site in patch.sites if not site.prefix or settings.controlnet]
+    placed = sum(site.count for site in sites)
+    if not placed or not settings.needs_processors:
         return []
-    edits = "edits of keys and values; " if patch.stage == "kv" else ""
-    faster = "computed by memkern where faster" if patch.accelerate else "computed by memkern where edited"
-    places = " and ".join(type(unwrapped(module)).__name__ for module in sites.roots.values())
-    return [f"{places}: {sites.count} cross-attention layers, {edits}{faster}"]
+    edits = "edits of keys and values; " if settings.applied == "kv" else ""
+    alone = () if patch.last is None else patch.last.left_alone
+    faster = "computed by memkern where faster" if settings.accelerate else "computed by memkern where edited"
+    if settings.accelerate and alone and not patch.last.layers:
+        faster = f"nothing accelerated: {'; '.join(alone)}"
+    names = " and ".join(type(module).__name__ for site in sites if (module := site.module) is not None)
+    return [f"{names}: {placed} cross-attention layers, {edits}{faster}"]
 
 
-def _notes(patch: Patch) -> tuple[str, ...]:
-    notes = []
+def _notes(patch: Any) -> tuple[str, ...]:
+    notes, pipe, policy = [], patch.pipe, patch.in_force.policy
     if patch.replaced_by is not None:
         notes.append(f"encode_prompt was wrapped or replaced since, by {patch.replaced_by!r}")
-    for slot in slots(patch.pipe):
-        pad_with = slot.token_id(patch.pipe, patch.policy, patch.policy.reembed_pads)
-        if pad_with is not None and pad_with == slot.vocabulary(patch.pipe).pad_token_id:
-            notes.append(f"the {slot.tokenizer} pads with {patch.policy.reembed_pads!r} already: no pad is re-embedded")
-    sites = patch.sites
-    if sites is not None and not sites.complete:
-        notes.append("processors of the UNet were replaced since: patch again to have them accelerated")
-    if sites is not None and sites.left:
-        kinds = ", ".join(sorted(set(sites.left.values())))
-        notes.append(f"{len(sites.left)} cross-attention layers keep their own processors: {kinds}")
+    for slot in patch.slots:
+        if (lost := slot.refusal(pipe)) is not None:
+            notes.append(f"{lost}: it was exchanged since, and its prompts are not edited: patch again")
+            continue
+        pad_with = slot.token_id(pipe, policy, policy.reembed_pads)
+        if pad_with is not None and pad_with == slot.vocabulary(pipe).pad_token_id:
+            notes.append(f"the {slot.tokenizer} pads with {policy.reembed_pads!r} already: no pad is re-embedded")
+    if patch.lost is not None:
+        notes.append(f"{patch.lost} since: patch again to have them accelerated")
+    if patch.last is not None and patch.in_force.accelerate and patch.last.left_alone:
+        notes.append(f"nothing is accelerated where there is {'; '.join(patch.last.left_alone)}")
+    foreign = [kind for site in patch.sites for kind in site.foreign]
+    if foreign:
+        kinds = ", ".join(sorted(set(foreign)))
+        notes.append(f"{len(foreign)} cross-attention layers keep their own processors: {kinds}")
     return tuple(notes)

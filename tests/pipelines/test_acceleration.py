@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 import memkern
 from memkern.ops import backends, cpu
 from memkern.pipelines.acceleration import Acceleration
-from memkern.pipelines.cross_attention import CrossAttentionProcessor
+from memkern.pipelines.unet.processor import CrossAttentionProcessor
 from memkern.pipelines.sites import Sites, cross_attention_layers
 from memkern.testing import tiny_pipeline
 

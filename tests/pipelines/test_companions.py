@@ -15,8 +15,8 @@ from families import Family, sd_families
 
 import memkern
 from memkern import Edit, Policy
-from memkern.pipelines.cross_attention import CrossAttentionProcessor
-from memkern.pipelines.sites import cross_attention_layers
+from memkern.pipelines.unet.processor import CrossAttentionProcessor
+from memkern.pipelines.unet.layers import cross_attention_layers
 from memkern.policy import exclude
 from memkern.testing import tiny_pipeline
 

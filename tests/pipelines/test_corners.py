@@ -11,8 +11,8 @@ from unet_input import context_of
 
 import memkern
 from memkern import Edit, Policy
-from memkern.pipelines.schedule import position
-from memkern.pipelines.sites import cross_attention_layers
+from memkern.pipelines.unet.schedule import position
+from memkern.pipelines.unet.layers import cross_attention_layers
 from memkern.policy import exclude, zero
 from memkern.windows import in_steps
 

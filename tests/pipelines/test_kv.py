@@ -12,7 +12,7 @@ from kv_by_hand import guard, install, ren, roles_of, zero_pads
 
 import memkern
 from memkern import Edit, Policy
-from memkern.pipelines.sites import cross_attention_layers
+from memkern.pipelines.unet.layers import cross_attention_layers
 from memkern.policy import attenuate, exclude, logit_bias, logit_scale, replace, strength, zero
 from memkern.testing import tiny_pipeline
 

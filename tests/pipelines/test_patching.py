@@ -14,7 +14,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from unet_input import context_of
 
 import memkern
-from memkern.pipelines.slots import clip_embeddings
+from memkern.pipelines.family.encoders import clip_embeddings
 from memkern.testing import tiny_pipeline
 
 

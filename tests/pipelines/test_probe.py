@@ -7,7 +7,7 @@ import torch
 from kv_by_hand import roles_of
 
 import memkern
-from memkern.pipelines.sites import cross_attention_layers
+from memkern.pipelines.unet.layers import cross_attention_layers
 from memkern.roles import Role
 from memkern.testing import tiny_pipeline
 

@@ -15,7 +15,7 @@ from diffusers.pipelines.ddpm import DDPMPipeline
 from transformers import T5Config, T5EncoderModel
 
 import memkern
-from memkern.pipelines.slots import clip_embeddings
+from memkern.pipelines.family.encoders import clip_embeddings
 
 
 @pytest.mark.parametrize("thing", [None, 3, "a model", torch.nn.Linear(1, 1), object()], ids=lambda x: type(x).__name__)

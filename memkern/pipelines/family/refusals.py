@@ -6,10 +6,8 @@ import inspect
 
 from diffusers import DiffusionPipeline
 
-from ..ledger import Stage
-from ..policy import Policy
-from . import layout
-from .slots import clip_embeddings, slots
+from . import outputs
+from .encoders import clip_embeddings, slots
 
 SUPPORTED = (
     "pipelines whose context comes from CLIP text encoders: those of Stable Diffusion 1.x and 2.x, SDXL, and the CLIP "
@@ -20,13 +18,16 @@ _ARGUMENTS = ("prompt", "do_classifier_free_guidance", "prompt_embeds", "negativ
 
 def refusals(pipe: DiffusionPipeline) -> list[str]:
     """Why `pipe` cannot be patched; empty if it can."""
-    encode = getattr(pipe, layout.method(pipe), None)
+    encode = getattr(pipe, outputs.method(pipe), None)
     known = () if encode is None else inspect.signature(encode).parameters
     encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
     present = {name: encoder for name, encoder in encoders.items() if encoder is not None}
     # Stable Diffusion 3 reads CLIP's rows in front of a third encoder's.
     if "prompt_3" in known and "prompt_4" not in known:
         present.pop("text_encoder_3", None)
+    parts = inspect.signature(type(pipe).__init__).parameters
+    # Others encode prompts by the same names, and read something else of them: Stable Cascade its pooled outputs.
+    reads_context = "unet" in parts or ("prompt_3" in known and "transformer" in parts)
     reasons = [
         f"its {name} is a {type(encoder).__name__}, not a CLIP text model"
         for name, encoder in present.items()
@@ -37,10 +38,14 @@ def refusals(pipe: DiffusionPipeline) -> list[str]:
     missing = [slot.tokenizer for slot in slots(pipe) if getattr(pipe, slot.tokenizer, None) is None]
     if missing or not (present or getattr(pipe, "tokenizer", None)):
         reasons.append(f"it has no {', '.join(missing) or 'tokenizer'}")
+    if encode is not None and not reads_context:
+        reasons.append(
+            "it has neither a UNet nor Stable Diffusion 3's transformer, which read embeddings as context"
+        )
     if encode is None:
         reasons.append("it has no encode_prompt")
     elif absent := [name for name in _ARGUMENTS if name not in known]:
-        reasons.append(f"its {layout.method(pipe)} has no {', '.join(absent)}")
+        reasons.append(f"its {outputs.method(pipe)} has no {', '.join(absent)}")
     return reasons
 
 
@@ -60,19 +65,7 @@ def require(pipe: object) -> None:
         )
 
 
-def stage(policy: Policy, asked: str) -> Stage:
-    """Where `policy` is applied: on the embeddings if that can express it, unless asked otherwise."""
-    reasons = policy.kv_reasons()
-    if asked == "auto":
-        return "kv" if reasons else "embeds"
-    if asked == "embeds" and reasons:
-        raise ValueError(f"stage: policy '{policy}' needs the kv stage, not 'embeds': {'; '.join(reasons)}")
-    if asked not in ("embeds", "kv"):
-        raise ValueError(f"stage: expected 'auto', 'embeds' or 'kv', got {asked!r}")
-    return "kv" if asked == "kv" else "embeds"
-
-
-def require_kv(pipe: object, policy: Policy, reasons: list[str]) -> None:
+def require_kv(pipe: object, policy: object, reasons: list[str]) -> None:
     """Raise ValueError with the `reasons` why keys and values of the pipeline's UNet cannot be edited."""
     if reasons:
         raise ValueError(

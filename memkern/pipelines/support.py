@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from . import layout, supported
-from .cross_attention import PLAIN
-from .layers import weight_refusals, whole_refusals
-from .sites import kv_refusals, layers_of, roots, unwrapped
-from .slots import slots
+from .attention.weights import weight_refusals, whole_refusals
+from .family import outputs, refusals
+from .family.encoders import slots
+from .unet.layers import former_of, is_plain, kv_refusals, layers_of, roots, unwrapped
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Support:
 
     def __str__(self) -> str:
         if self.refusals:
-            return f"{self.pipeline} cannot be patched: {'; '.join(self.refusals)}. Supported are {supported.SUPPORTED}"
+            return f"{self.pipeline} cannot be patched: {'; '.join(self.refusals)}. Supported are {refusals.SUPPORTED}"
         stages = f"embeds; not kv: {'; '.join(self.kv_refusals)}" if self.kv_refusals else "embeds, kv"
         lines = [f"pipeline  {self.pipeline}", *(f"site      {site}" for site in self.sites), f"stages    {stages}"]
         return "\n".join([*lines, *(f"left      {name}: {why}" for name, why in self.left)])
@@ -50,26 +49,25 @@ def report(pipe: Any) -> Support:
     Raises:
         TypeError: `pipe` is not a diffusers pipeline.
     """
-    supported.require_pipeline(pipe)
-    name, refusals = type(pipe).__name__, supported.refusals(pipe)
-    if refusals:
-        return Support(name, tuple(refusals))
+    refusals.require_pipeline(pipe)
+    name, reasons = type(pipe).__name__, refusals.refusals(pipe)
+    if reasons:
+        return Support(name, tuple(reasons))
     found = roots(pipe, controlnet=True)
     layers = layers_of(found)
     sites = [f"{type(getattr(pipe, slot.encoder)).__name__} ({slot.encoder}): pad swap" for slot in slots(pipe)]
-    sites.append(f"{name}.{layout.method(pipe)}: edits of embeddings")
-    left = []
+    sites.append(f"{name}.{outputs.method(pipe)}: edits of embeddings")
+    left: list[tuple[str, str]] = []
     taken = 0
     for layer, attn in layers:
-        former = getattr(attn.processor, "former", attn.processor)
-        reasons = whole_refusals(attn) or weight_refusals(attn)
-        if type(former) not in PLAIN:
-            left.append((layer, f"keeps its {type(former).__name__}"))
+        called = whole_refusals(attn) or weight_refusals(attn)
+        if not is_plain(attn):
+            left.append((layer, f"keeps its {type(former_of(attn.processor)).__name__}"))
         else:
             taken += 1
-            if reasons:
-                left.append((layer, f"its modules are called: {'; '.join(reasons)}"))
+            if called:
+                left.append((layer, f"its modules are called: {'; '.join(called)}"))
     if layers:
         places = " and ".join(type(unwrapped(module)).__name__ for module in found.values())
         sites.append(f"{places}: {taken} of {len(layers)} cross-attention layers")
-    return Support(name, (), tuple(sites), tuple(kv_refusals(found)), tuple(left))
+    return Support(name, (), tuple(sites), tuple(kv_refusals(layers)), tuple(left))

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..policy import BRANCHES, Branch
-from ..roles import Role
-from .rows import Rows
+from ...ledger import KnownRows
+from ...policy import BRANCHES, Branch
+from ...roles import Role
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Record:
 
     layer: str
     step: int
-    rows: Rows
+    rows: KnownRows
     roles: torch.Tensor
     mass: torch.Tensor
     map: torch.Tensor | None = None

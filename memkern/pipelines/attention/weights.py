@@ -1,4 +1,4 @@
-"""A cross-attention layer as the accelerator sees it: whether its weights can be read, and what it would cost.
+"""The weights of a cross-attention layer: whether they can be read, and whether they are still the same.
 
 Weights are read only where calling the module does nothing else. Everything else (LoRA, quantization, offload,
 hooks) keeps being called, or the layer is left to its own processor.
@@ -6,63 +6,13 @@ hooks) keeps being called, or the layer is left to its own processor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-Path = Literal["absorbed", "projected", "former"]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device does per second, in relation: multiply-adds of matrix products and of attention between
-    heads, by memkern's operator and by torch's, elements of a softmax, bytes moved.
-    """
-
-    products: float
-    attention: float
-    former_attention: float
-    softmax: float
-    bytes: float
-
-
-# The CPU's were measured on two cores with AVX-512, the GPU's are published for an A100.
-RATES = {
-    ("cpu", 4): Rates(1e11, 8e10, 4.5e10, 2e9, 2e10),
-    ("cpu", 2): Rates(2e11, 8e10, 4.5e10, 2e9, 2e10),
-    ("cuda", 4): Rates(9e12, 5e12, 5e12, 1e12, 1.5e12),
-    ("cuda", 2): Rates(1.2e14, 4e13, 4e13, 1e12, 1.5e12),
-}
-
-MARGIN = 0.97
-"""What a path's estimate must be of the layer's own processor's, to be taken instead."""
-
 SAMPLES = 32
 """Values of a weight that are compared with what they were."""
-
-
-def seconds(path: Path, queries: int, width: int, heads: int, keys: Sequence[int], length: int, rates: Rates,
-            itemsize: int) -> float:  # fmt: skip
-    """The estimated time of a layer for sequences with `keys` keys each, of a context of `length` rows.
-
-    Multiply-adds per hidden row are 2C² + 2Cn projected and 2CHn absorbed.
-    """
-    total = 0.0
-    for left in keys:
-        n = length if path == "former" else left
-        values = queries * width
-        if path == "absorbed":
-            work = 2 * values * heads * n / rates.products
-            moved = 2.0 * (values + heads * n * width)
-        else:
-            attention = rates.former_attention if path == "former" else rates.attention
-            work = 2 * values * width / rates.products + 2 * values * n / attention
-            moved = 6.0 * values + 2 * n * width + 2 * width * width / len(keys)
-        total += work + queries * heads * n / rates.softmax + moved * itemsize / rates.bytes
-    return total
 
 
 def whole_refusals(attn: Any) -> list[str]:
@@ -74,8 +24,6 @@ def whole_refusals(attn: Any) -> list[str]:
     ]
     if attn.inner_kv_dim != attn.inner_dim:
         reasons.append("its keys and values have fewer heads")
-    if getattr(attn, "fused_projections", False):
-        reasons.append("its projections are fused")
     if len(attn.to_out) > 1 and attn.training and getattr(attn.to_out[1], "p", 0) > 0:
         reasons.append("it is training with dropout")
     return reasons

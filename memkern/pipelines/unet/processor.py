@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-
-from .acceleration import Acceleration
-from .kv import KVStage
 
 PLAIN = (AttnProcessor, AttnProcessor2_0)
 """Processors that compute softmax(q kᵀ) v and nothing else; any other is left in place."""
 
 
-class CrossAttentionProcessor:
-    """Computes a layer from what is kept of its context, or by the processor it took the place of."""
+class Computes(Protocol):
+    """What computes a layer in place of its former processor: the site of its UNet.
 
-    def __init__(self, former: Any = None, acceleration: Acceleration | None = None, name: str = "") -> None:
+    Attributes:
+        is_placed: whether memkern's processors are in force there.
+        edits_kv: whether any pipeline that shares the UNet may edit keys and values.
+    """
+
+    is_placed: bool
+    edits_kv: bool
+
+    def attend(
+        self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The layer's output before its residual; None where its former processor is to compute it."""
+
+
+class CrossAttentionProcessor:
+    """Computes a layer from what is kept of its context, or by the processor it took the place of.
+
+    One whose patch is gone acts as the processor it replaced, and so does one that diffusers made anew by its class.
+    """
+
+    def __init__(self, former: Any = None, site: Computes | None = None, name: str = "") -> None:
         self.former = AttnProcessor2_0() if former is None else former
-        self.acceleration = acceleration
+        self.site = site
         self.name = name
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of the processor that was replaced: diffusers looks processors up in lists of its classes."""
+        return type(self.former)
 
     def __call__(
         self,
@@ -47,31 +69,20 @@ class CrossAttentionProcessor:
         self, attn: Attention, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
         """The layer's output before its residual; None where the former processor is to compute it."""
-        acceleration = self.acceleration
-        if acceleration is None or not isinstance(context, torch.Tensor):
+        site = self.site
+        if site is None or not site.is_placed or not isinstance(context, torch.Tensor):
             return None
-        if acceleration.stage is not None:
-            edited: torch.Tensor | None = self._edit(acceleration, acceleration.stage, attn, x, context, mask)
-            return edited
-        if torch.compiler.is_compiling() or mask is not None or not _constant(x, context):
+        if torch.compiler.is_compiling() and not site.edits_kv:
             return None
-        return acceleration.attend(self.name, attn, x, context, keep=True)
+        made: torch.Tensor | None = self._untraced(site, attn, x, context, mask)
+        return made
 
     # Which rows are edited how is found in the values of the context, which a traced graph does not look at.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _edit(
-        self,
-        acceleration: Acceleration,
-        stage: KVStage,
-        attn: Attention,
-        x: torch.Tensor,
-        context: torch.Tensor,
-        mask: torch.Tensor | None,
+    def _untraced(
+        self, site: Computes, attn: Attention, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        if mask is not None:
-            stage.unknown(f"{self.name} was called with an attention mask, beside which nothing is edited")
-            return None
-        return acceleration.attend(self.name, attn, x, context, keep=_constant(x, context))
+        return site.attend(self.name, attn, x, context, mask)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied UNet is not patched: it gets a copy of the processor that was there before."""
@@ -80,20 +91,3 @@ class CrossAttentionProcessor:
     def __reduce__(self) -> tuple[Any, ...]:
         """Nothing of memkern is pickled with a UNet."""
         return copy.copy, (self.former,)
-
-
-def _constant(x: torch.Tensor, context: torch.Tensor) -> bool:
-    """Whether what is made of the context may be kept: plain tensors whose changes are counted, no gradients."""
-    return (
-        context is not x
-        and x.dim() == context.dim() == 3
-        and x.dtype == context.dtype
-        and x.device == context.device
-        and x.device.type in ("cpu", "cuda")
-        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and x.shape[0] == context.shape[0] > 0
-        and type(context) is torch.Tensor
-        and not context.is_inference()
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-    )

@@ -8,31 +8,34 @@ from typing import Any
 
 import torch
 
-from .. import ops
-from ..ops import cpu
-from .kv import Source
+from ... import ops
+from ...ops import cpu
+from .sources import Source
 
-Attend = Callable[[torch.Tensor], torch.Tensor]
-"""From a layer's hidden states `[B, N, C]` to its output before the residual."""
+Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a layer's hidden states `[B, N, C]` and its context to its output before the residual."""
 
 
-def projected(attn: Any, source: Source, backend: str, *, fixed: bool) -> Attend:
-    """to_q, attention over the keys that are left, to_out; K and V are kept where the weights are `fixed`."""
+def projected(attn: Any, source: Source, backend: str, context: torch.Tensor | None = None) -> Attend:
+    """to_q, attention over the keys that are left, to_out.
+
+    Args:
+        context: what K and V are made of once and for all; None where they are made anew each time.
+    """
     keys = source.keys
 
-    def project() -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = source.project(attn)
+    def project(context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = source.project(attn, context)
         return split_heads(k, attn.heads), split_heads(v, attn.heads)
 
-    kept = project() if fixed else None
+    kept = None if context is None else project(context)
     if kept is not None and not source.attenuation and kept[0].device.type == "cpu" and backend in ("auto", "cpp"):
         return _projected_rows(attn, source, *kept)
 
-    def attend(x: torch.Tensor) -> torch.Tensor:
-        k, v = kept or project()
+    def attend(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        k, v = kept or project(context)
         q = split_heads(attn.to_q(x), attn.heads)
-        for attenuation in source.attenuation:
-            k = k * attenuation.factors(q, k, attn.scale).unsqueeze(-1).to(k.dtype)
+        k = source.attenuated(q, k, attn.scale)
         heads = ops.biased_attention(q, k, v, keys.bias, attn.scale, backend=backend)
         out = heads.transpose(1, 2).flatten(2)
         for module in attn.to_out:
@@ -42,9 +45,9 @@ def projected(attn: Any, source: Source, backend: str, *, fixed: bool) -> Attend
     return attend
 
 
-def absorbed(attn: Any, source: Source, backend: str) -> Attend:
+def absorbed(attn: Any, source: Source, backend: str, context: torch.Tensor) -> Attend:
     """One operator in place of the layer; its weights are read, and none of its modules called."""
-    k, v = (split_heads(rows, attn.heads) for rows in source.project(attn))  # [B, H, n, D]
+    k, v = (split_heads(rows, attn.heads) for rows in source.project(attn, context))  # [B, H, n, D]
     to_q, to_out = attn.to_q, attn.to_out[0]
     q_weight, o_weight = (module.weight.detach() for module in (to_q, to_out))
     a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * attn.scale  # [B, H, n, C]
@@ -55,7 +58,7 @@ def absorbed(attn: Any, source: Source, backend: str) -> Attend:
         bias = bias.unsqueeze(1) + shift  # [B, H, n]
     if k.device.type == "cpu":
         return _absorbed_rows(a, bias, vo, to_out.bias, source.keys.counts)
-    return lambda x: ops.absorbed_attention(x, a, bias, vo, to_out.bias, backend=backend)
+    return lambda x, context: ops.absorbed_attention(x, a, bias, vo, to_out.bias, backend=backend)
 
 
 def _absorbed_rows(
@@ -71,7 +74,7 @@ def _absorbed_rows(
         own_bias = bias[b, ..., :width].reshape(-1, width).contiguous()
         parts.append((cpu.Product(own_a), own_bias, cpu.Product(own_vo.mT, out_bias)))
 
-    def attend(x: torch.Tensor) -> torch.Tensor:
+    def attend(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         for b, part in enumerate(parts):
             cpu.absorb_rows(x[b], *part, out[b])
@@ -89,7 +92,7 @@ def _projected_rows(attn: Any, source: Source, k: torch.Tensor, v: torch.Tensor)
         for b, left in enumerate(keys.counts)
     ]
 
-    def attend(x: torch.Tensor) -> torch.Tensor:
+    def attend(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         for b, part in enumerate(parts):
             cpu.project_rows(x[b], to_q, *part, scale, to_out, out[b])

@@ -11,24 +11,27 @@ row it sums to 1. On a patched pipeline it is that of the edited keys. `memkern.
 
 from __future__ import annotations
 
-import weakref
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from .. import ops
-from ..plan import Plan
-from ..roles import Role
-from ..windows import layer_size
-from .instance import Patch, find
-from .kv import Active, KVStage, Source, edited
-from .patching import patch
-from .paths import split_heads
+from ... import ops
+from ...plan import Plan
+from ...roles import Role
+from ...windows import layer_size
+from ..attention.paths import split_heads
+from ..attention.sources import Source, edited
+from ..instance import find
+from ..patching import patched
+from ..unet.contexts import Context
+from ..unet.kv_stage import Active
+from ..unet.layers import cross_attention_layers, unwrapped
+from ..unet.schedule import Place
+from ..unet.site import Site
 from .record import Probe, Record
-from .rows import Rows, recognise
-from .sites import cross_attention_layers, unwrapped
 
 
 class LayerHook:
@@ -51,59 +54,73 @@ class LayerHook:
 class Recorder:
     """The hooks of one probe, and where they write."""
 
-    def __init__(self, patched: Patch, probe: Probe) -> None:
-        self.patch, self.probe = patched, probe
-        self.step, self.prompt = -1, patched.prompt_number
-        self.sample: tuple[int, int] | None = None
-        self._last: tuple[weakref.ref[torch.Tensor], int | None, Rows, torch.Tensor] | None = None
+    def __init__(self, pipe: Any, probe: Probe) -> None:
+        self.probe = probe
+        self.step, self.place = -1, Place()
+        self._session: Any = None
+        self._last: Context | None = None
         self._sources: dict[Active, tuple[Source, torch.Tensor]] = {}
-        unet = patched.pipe.unet
+        unet = unwrapped(pipe.unet)
+        self._site = Site.of(unet)
         layers = cross_attention_layers(unet)
         first = layers[0][0].split(".")[:2] if layers else []
-        self._handles = [unwrapped(unet).register_forward_pre_hook(self.count, with_kwargs=True)]
+        self._handles = [unet.register_forward_pre_hook(self.count, with_kwargs=True)]
         for name, attn in layers:
             hook = LayerHook(name, self, mapped=name.split(".")[:2] == first)
             self._handles.append(attn.register_forward_pre_hook(hook, with_kwargs=True))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The UNet is called."""
-        self.step = self.step + 1 if self.prompt == self.patch.prompt_number else 0
-        self.prompt = self.patch.prompt_number
-        sample = kwargs.get("sample", args[0] if args else None)
-        self.sample = None if sample is None else tuple(sample.shape[-2:])
+        """The UNet is called: memkern's own hook has looked at its context by then."""
+        call = self._site.call
+        session = None if call is None else call.session
+        self.step = self.step + 1 if session is self._session else 0
+        self._session = session
+        self.place = Place() if call is None else call.place
 
     def record(self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, *, mapped: bool) -> None:
         """Compute and keep the mass of one call of a layer."""
-        stage = self.patch.watching
-        rows, roles = self._rows(stage, context)
-        source, eot = self._source(stage, context, rows, roles, stage.active(name, x.shape[1]))
-        mass, on_eot = attention_mass(attn, x, source, eot)
-        positions = torch.zeros(context.shape[:2], device=mass.device).scatter_add_(1, source.keys.index, mass)
-        size = layer_size(x.shape[1], self.sample) if mapped else None
+        known = self._known(context)
+        assert known.rows is not None
+        assert known.edits is not None
+        roles = known.edits.roles(context.shape[1])
+        active = known.edits.active(name, x.shape[1], self.place)
+        source, eot = self._source(known, context, roles, active)
+        mass, on_eot = attention_mass(attn, x, context, source, eot)
+        positions = torch.zeros(context.shape[:2], device=mass.device, dtype=mass.dtype)
+        positions.scatter_add_(1, source.keys.index, mass)
+        size = layer_size(x.shape[1], self.place.sample) if mapped else None
         shaped = None if size is None else on_eot.view(-1, *size)
-        self.probe.records.append(Record(name, self.step, rows, roles, positions, shaped))
+        self.probe.records.append(Record(name, self.step, known.rows, roles, positions, shaped))
 
-    def _rows(self, stage: KVStage, context: torch.Tensor) -> tuple[Rows, torch.Tensor]:
-        """What the rows of a context are, and their roles, uint8 `[B, L]` on the host; once per context."""
-        version = None if context.is_inference() else context._version
-        if self._last is None or self._last[0]() is not context or self._last[1] != version:
-            rows = recognise(context, self.patch.encodings)
-            self._last = weakref.ref(context), version, rows, stage.roles(rows, context.shape[1])
+    def _known(self, context: torch.Tensor) -> Context:
+        """What is known of a context, once per context."""
+        call = self._site.call
+        if call is not None and call.known is not None and call.known.seen.is_here(context):
+            known = call.known
+        elif self._last is not None and self._last.seen.is_still(context):
+            known = self._last
+        else:
+            known = Context(context)
+            known.recognise(context, self._session)
+        if known is not self._last:
+            self._last = known
             self._sources.clear()
-        return self._last[2:]
+        return known
 
     def _source(
-        self, stage: KVStage, context: torch.Tensor, rows: Rows, roles: torch.Tensor, active: Active
+        self, known: Context, context: torch.Tensor, roles: torch.Tensor, active: Active
     ) -> tuple[Source, torch.Tensor]:
         """What layers attend to under the edits `active`, every key for itself, and which keys are EOT's, float32
         `[B, n]`; once per context.
         """
         if active not in self._sources:
-            found = stage.source(context, rows, active, "torch", coalesced=False)
+            assert known.edits is not None
+            found = known.edits.source(context, active, "torch", coalesced=False)
             if found is None:
                 found = edited(context, Plan.identity(*context.shape[:2]), backend="torch", coalesced=False)
             eot = (roles == Role.EOT).to(context.device).gather(1, found.keys.index)
-            self._sources[active] = found, eot.float()
+            self._sources[active] = found, eot.to(torch.float32)
         return self._sources[active]
 
     def remove(self) -> None:
@@ -113,19 +130,19 @@ class Recorder:
 
 
 def attention_mass(
-    attn: Any, x: torch.Tensor, source: Source, weight: torch.Tensor
+    attn: Any, x: torch.Tensor, context: torch.Tensor, source: Source, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mass on each of the source's keys, float32 `[B, n]`, and on those of `weight` for each query, `[B, N]`.
 
     Args:
         x: hidden states `[B, N, C]`.
+        context: what `source` is of.
         weight: float32 `[B, n]`, 1 for the keys to sum.
     """
     keys = source.keys
-    k = split_heads(source.project(attn)[0], attn.heads)  # [B, H, n, D]
+    k = split_heads(source.project(attn, context)[0], attn.heads)  # [B, H, n, D]
     q = split_heads(attn.to_q(x), attn.heads)
-    for attenuation in source.attenuation:
-        k = k * attenuation.factors(q, k, attn.scale).unsqueeze(-1).to(k.dtype)
+    k = source.attenuated(q, k, attn.scale)
     by_key, by_query = ops.attention_mass(q, k, keys.bias, weight, attn.scale)
     return by_key.mean(1), by_query.mean(1)
 
@@ -143,14 +160,10 @@ def probe(pipe: Any) -> Iterator[Probe]:
     Raises:
         TypeError, ValueError: `pipe` cannot be patched.
     """
-    own = find(pipe)
-    patched = own if own is not None else patch(pipe, "none", accelerate=False, on_unknown="pass")
     found = Probe()
-    with patched.watched():
-        recorder = Recorder(patched, found)
-        try:
-            yield found
-        finally:
-            recorder.remove()
-            if own is None:
-                patched.remove()
+    with contextlib.ExitStack() as stack:
+        if find(pipe) is None:
+            stack.enter_context(patched(pipe, "none", accelerate=False, on_unknown="pass"))
+        recorder = Recorder(pipe, found)
+        stack.callback(recorder.remove)
+        yield found

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..policy import BRANCHES, Branch
-from .slots import Slot
+from ...policy import BRANCHES, Branch
+from .encoders import Slot
 
 CONCATENATED: dict[str, tuple[Branch, ...]] = {
     "StableDiffusionInstructPix2PixPipeline": ("cond", "uncond", "uncond"),

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..roles import Role, empty_roles, padding_positions, token_roles
-from .slots import Slot, Vocabulary
+from ...policy import Policy
+from ...roles import Role, empty_roles, padding_positions, token_roles
+from ..family.encoders import EncoderCall, Slot, Vocabulary
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """What one text-encoder call encoded.
-
-    Attributes:
-        slot: which encoder's.
-        roles: uint8 `[B, L]` on the host.
-        reembedded: bool `[B, L]`, the positions whose id was swapped.
-    """
-
-    slot: Slot
-    roles: torch.Tensor
-    reembedded: torch.Tensor
-
-
-@dataclass
 class Encoding:
-    """Collects what the tokenizers and text encoders do.
+    """Collects what the tokenizers and text encoders of a pipeline do.
+
+    Args:
+        pipe: the pipeline.
+        own: its text encoders.
+        policy: whose request it is, for its messages.
+        pad_with: the token that pads are swapped for; None leaves them.
 
     Attributes:
-        owner: the patch that is encoding.
-        words: the vocabulary of each encoder, and the id that its pads are swapped for, if they are.
-        tokenized: ids and attention masks, as the tokenizers made them.
         calls: what was encoded, in order.
+        context_length: tokens in a window.
     """
 
-    owner: object
-    words: dict[Slot, tuple[Vocabulary, int | None]]
-    tokenized: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    calls: list[Encoded] = field(default_factory=list)
+    def __init__(self, pipe: Any, own: Sequence[Slot], policy: Policy, pad_with: str | None) -> None:
+        self.calls: list[EncoderCall] = []
+        self._tokenized: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._slots: dict[Any, Slot] = {slot.embeddings(pipe): slot for slot in own}
+        self._words: dict[Slot, tuple[Vocabulary, int | None]] = {
+            slot: (slot.vocabulary(pipe), slot.token_id(pipe, policy, pad_with)) for slot in own
+        }
+        self.context_length = min((words.context_length for words, _ in self._words.values()), default=0)
+
+    def slot_of(self, embeddings: Any) -> Slot | None:
+        """Whose embedding layer it is; None if it is that of no encoder of this pipeline."""
+        return self._slots.get(embeddings)
 
     def observe(self, slot: Slot, input_ids: torch.Tensor) -> torch.Tensor:
         """Record a call and return the ids to embed: `input_ids` `[…, L]`, its padding swapped where it is to be.
@@ -51,10 +47,10 @@ class Encoding:
         This copies the ids to the host: one sync per text-encoder call, none in the denoising loop.
         """
         ids = input_ids.detach().reshape(-1, input_ids.shape[-1]).to("cpu", torch.int64)
-        words, pad_with = self.words[slot]
+        words, pad_with = self._words[slot]
         roles = token_roles(ids, eos_token_id=words.eos_token_id, context_length=words.context_length)
         if pad_with is None or pad_with == words.pad_token_id:
-            self.calls.append(Encoded(slot, roles, torch.zeros_like(roles, dtype=torch.bool)))
+            self.calls.append(EncoderCall(slot, roles, torch.zeros_like(roles, dtype=torch.bool)))
             return input_ids
         padding = padding_positions(
             ids,
@@ -64,10 +60,16 @@ class Encoding:
             attention_mask=self._attention_mask(ids),
             context_length=words.context_length,
         )
-        self.calls.append(Encoded(slot, roles, padding))
+        self.calls.append(EncoderCall(slot, roles, padding))
         return input_ids.masked_fill(padding.reshape(input_ids.shape).to(input_ids.device), pad_with)
 
-    def last(self, slot: Slot, windows: int) -> Encoded:
+    def tokenized(self, output: Any) -> None:
+        """Note the ids and the attention mask that a tokenizer made."""
+        ids, mask = output.get("input_ids"), output.get("attention_mask")
+        if isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor):
+            self._tokenized.append((ids, mask))
+
+    def last(self, slot: Slot, windows: int) -> EncoderCall:
         """What was encoded last by an encoder; of several windows, all that it was called with.
 
         Raises:
@@ -76,36 +78,36 @@ class Encoding:
         calls = [call for call in self.calls if call.slot == slot]
         if not calls:
             raise ValueError(f"embeds: {slot.encoder} has not been called inside patch.encoding")
-        if windows <= 1 or calls[-1].roles.shape[1] == windows * self.words[slot][0].context_length:
+        if windows <= 1 or calls[-1].roles.shape[1] == windows * self._words[slot][0].context_length:
             return calls[-1]
         if len(calls) != windows or len({call.roles.shape for call in calls}) > 1:
             raise ValueError(
                 f"embeds: {windows} windows, and {slot.encoder} was called {len(calls)} times, so it is not known "
                 "which call made which; say which ids they are of: edited(embeds, input_ids)"
             )
-        roles, reembedded = (torch.cat([getattr(call, name) for call in calls], 1) for name in ("roles", "reembedded"))
-        return Encoded(slot, roles, reembedded)
+        roles, swapped = (torch.cat([getattr(call, name) for call in calls], 1) for name in ("roles", "swapped"))
+        return EncoderCall(slot, roles, swapped)
 
-    def given(self, slot: Slot, input_ids: torch.Tensor, windows: int) -> Encoded:
+    def given(self, slot: Slot, input_ids: torch.Tensor, windows: int) -> EncoderCall:
         """What ids `[B, L]` say of so many windows; those behind them are an empty prompt's."""
-        words, pad_with = self.words[slot]
+        words, pad_with = self._words[slot]
         ids = input_ids.detach().to("cpu", torch.int64)
         roles = token_roles(ids, eos_token_id=words.eos_token_id, context_length=words.context_length)
         more = [empty_roles(len(ids), words.context_length)] * (windows - ids.shape[1] // words.context_length)
         roles = torch.cat([roles, *more], 1)
         swapped = pad_with is not None and pad_with != words.pad_token_id
-        return Encoded(slot, roles, (roles == Role.PAD) & swapped)
+        return EncoderCall(slot, roles, (roles == Role.PAD) & swapped)
 
     def _attention_mask(self, ids: torch.Tensor) -> torch.Tensor | None:
         """The tokenizer's mask of exactly these ids, from its last call that made them."""
-        for made, mask in reversed(self.tokenized):
+        for made, mask in reversed(self._tokenized):
             if torch.equal(made, ids):
                 return mask
         return None
 
 
 class ObservedTokenizer:
-    """Stands in for a tokenizer during one `encode_prompt`, to keep the attention masks that it returns.
+    """Stands in for a tokenizer during one `encode_prompt`, to note the attention masks that it returns.
 
     Pipelines drop that mask, and the ids alone cannot tell a literal `<|endoftext|>` that ends a prompt from
     padding. The tokenizer itself is not touched.
@@ -117,9 +119,7 @@ class ObservedTokenizer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._tokenizer(*args, **kwargs)
-        ids, mask = output.get("input_ids"), output.get("attention_mask")
-        if isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor):
-            self._encoding.tokenized.append((ids, mask))
+        self._encoding.tokenized(output)
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -129,19 +129,19 @@ class ObservedTokenizer:
         return len(self._tokenizer)
 
 
-_CURRENT: ContextVar[Encoding | None] = ContextVar("memkern_encoding", default=None)
+_ENCODING: ContextVar[Encoding | None] = ContextVar("memkern_encoding", default=None)
 
 
 def current() -> Encoding | None:
-    """The encoding that this thread is in, whoever owns it."""
-    return _CURRENT.get()
+    """The encoding that this context is in."""
+    return _ENCODING.get()
 
 
 @contextmanager
 def entered(encoding: Encoding) -> Iterator[Encoding]:
     """Make `encoding` the current one."""
-    token = _CURRENT.set(encoding)
+    token = _ENCODING.set(encoding)
     try:
         yield encoding
     finally:
-        _CURRENT.reset(token)
+        _ENCODING.reset(token)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
-from ..policy import Policy
+from ...policy import Policy
 
 
 def clip_embeddings(text_encoder: object) -> CLIPTextEmbeddings | None:
@@ -33,10 +34,22 @@ class Slot:
     encoder: str
     tokenizer: str
 
+    def refusal(self, pipe: Any) -> str | None:
+        """Why the pipeline's encoder is none of ours; None if it is."""
+        encoder = getattr(pipe, self.encoder, None)
+        if clip_embeddings(encoder) is not None:
+            return None
+        return f"its {self.encoder} is a {type(encoder).__name__}, not a CLIP text model"
+
     def embeddings(self, pipe: Any) -> CLIPTextEmbeddings:
-        """The encoder's embedding layer."""
-        found = clip_embeddings(getattr(pipe, self.encoder))
-        assert found is not None, "the pipeline was not found to be supported"
+        """The encoder's embedding layer.
+
+        Raises:
+            ValueError: the encoder is no CLIP text model.
+        """
+        found = clip_embeddings(getattr(pipe, self.encoder, None))
+        if found is None:
+            raise ValueError(self.refusal(pipe))
         return found
 
     def width(self, pipe: Any) -> int:
@@ -69,3 +82,22 @@ SLOTS = (Slot("text_encoder", "tokenizer"), Slot("text_encoder_2", "tokenizer_2"
 def slots(pipe: Any) -> tuple[Slot, ...]:
     """Those that the pipeline has, in the order in which it calls them: SDXL has both, its refiner the second."""
     return tuple(slot for slot in SLOTS if clip_embeddings(getattr(pipe, slot.encoder, None)) is not None)
+
+
+@dataclass(frozen=True)
+class EncoderCall:
+    """What one text-encoder call read.
+
+    Attributes:
+        slot: which encoder's.
+        roles: uint8 `[B, L]` on the host.
+        swapped: bool `[B, L]`, the positions whose pad id was replaced.
+    """
+
+    slot: Slot
+    roles: torch.Tensor
+    swapped: torch.Tensor
+
+
+POOLED_ONLY = ("StableDiffusionGLIGENPipeline", "StableDiffusionGLIGENTextImagePipeline")
+"""Classes that call a text encoder beside `encode_prompt` for its pooled output, which no pad reaches."""

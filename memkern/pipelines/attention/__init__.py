@@ -1,0 +1,1 @@
+"""One cross-attention layer and a context; no pipeline."""

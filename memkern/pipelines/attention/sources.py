@@ -1,0 +1,132 @@
+"""The keys and values that a cross-attention layer reads of a context, edited or not, before any layer's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ... import ops
+from ...coalesce import Keys, coalesce, coalesce_plan, every_key
+from ...plan import Plan
+
+
+@dataclass(frozen=True)
+class Attenuation:
+    """What `attenuate` edits do, and where: `selected` is bool `[B, n]`, the keys they look at."""
+
+    factor: float
+    threshold: float
+    selected: torch.Tensor
+
+    def factors(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+        """What each key's logit is multiplied by, `[B, H, n]`, for q `[B, H, N, D]` and k `[B, H, n, D]`."""
+        tops = [(part @ k.mT).amax(2) for part in torch.split(q, 1024, 2)]
+        top = torch.stack(tops).amax(0).float() * scale  # [B, H, n]
+        among = self.selected.unsqueeze(1).expand_as(top)
+        count = among.sum(-1, keepdim=True).clamp(min=1)
+        mean = top.where(among, 0).sum(-1, keepdim=True) / count
+        deviation = ((top - mean).square().where(among, 0).sum(-1, keepdim=True) / count).sqrt()
+        stands_out = among & (top - mean > self.threshold * deviation)
+        return torch.where(stands_out, self.factor, 1.0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The keys and values of a context, before any layer's weights.
+
+    Attributes:
+        keys: which are left.
+        length: L of the context.
+        project: from a layer and the context to k and v of them, `[B, n, C]` each.
+        attenuation: what depends on the queries.
+        edited: whether the layer's own processor, which knows of no edits, would compute something else.
+    """
+
+    keys: Keys
+    length: int
+    project: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    attenuation: tuple[Attenuation, ...] = ()
+    edited: bool = False
+
+    def attenuated(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+        """k `[B, H, n, D]` as the queries q `[B, H, N, D]` leave it."""
+        for attenuation in self.attenuation:
+            k = k * attenuation.factors(q, k, scale).unsqueeze(-1).to(k.dtype)
+        return k
+
+
+def unedited(context: torch.Tensor) -> Source:
+    """The context as it is: zero rows are one key, and so are runs of equal rows."""
+    keys = coalesce(context)
+
+    def project(attn: Any, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = keys.rows(context)
+        return attn.to_k(rows), attn.to_v(rows)
+
+    return Source(keys, context.shape[1], project)
+
+
+def edited(
+    context: torch.Tensor,
+    plan: Plan,
+    bank: torch.Tensor | None = None,
+    attenuation: tuple[Attenuation, ...] = (),
+    *,
+    backend: str,
+    coalesced: bool = True,
+    columns: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Source:
+    """The context with a plan on its keys and values.
+
+    Args:
+        context: `[B, L, D]`.
+        plan: of its rows, on the host.
+        bank: `[B, M, D]`, the rows that the plan reads beside the context's own.
+        attenuation: with `selected` `[B, L]` on the host; no two keys are made one then.
+        backend: of `edit_kv`.
+        coalesced: whether equal keys may be made one.
+        columns: what is done to the context before the plan, where encoders' columns are edited differently; no two
+            keys are made one then.
+    """
+    keys = coalesce_plan(plan) if coalesced and not attenuation and columns is None else every_key(plan)
+    keys = Keys(keys.index.to(context.device), keys.bias.to(context.device), keys.counts)
+    source, k_scale, v_scale = (
+        rows.to(context.device, non_blocking=True) for rows in (plan.source, plan.k_scale, plan.v_scale)
+    )
+    # What a logit is multiplied by; a key that is zeroed keeps its own.
+    factor = torch.where(v_scale != 0, k_scale / v_scale, torch.ones_like(v_scale)).unsqueeze(-1)
+
+    def project(attn: Any, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = context if columns is None else columns(context)
+        k_shift, v_shift = _shift(attn.to_k, rows), _shift(attn.to_v, rows)
+        k, v = _linear(attn.to_k, rows, k_shift), _linear(attn.to_v, rows, v_shift)
+        k_bank = v_bank = None
+        if bank is not None:
+            k_bank, v_bank = _linear(attn.to_k, bank, k_shift), _linear(attn.to_v, bank, v_shift)
+        k, v = ops.edit_kv(k, v, k_bank, v_bank, source, k_scale, v_scale, backend=backend)
+        k = k if k_shift is None else k + (k_shift * factor).to(k.dtype)
+        v = v if v_shift is None else v + v_shift
+        return keys.rows(k), keys.rows(v)
+
+    moved = []
+    for part in attenuation:
+        selected = part.selected.to(context.device).gather(1, keys.index)
+        # What pads the keys stands for none of them, and is not judged among them.
+        moved.append(Attenuation(part.factor, part.threshold, selected & (keys.bias != -torch.inf)))
+    return Source(keys, context.shape[1], project, tuple(moved), edited=True)
+
+
+def _shift(projection: Any, rows: torch.Tensor) -> torch.Tensor | None:
+    """The projection's bias, by what it makes of zero: an adapter may have its part in it."""
+    if getattr(projection, "bias", None) is None:
+        return None
+    shift: torch.Tensor = projection(rows.new_zeros(1, 1, rows.shape[-1]))
+    return shift
+
+
+def _linear(projection: Any, rows: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    projected: torch.Tensor = projection(rows)
+    return projected if shift is None else projected - shift

@@ -1,0 +1,1 @@
+"""What is known of diffusers' and transformers' classes."""

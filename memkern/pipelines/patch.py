@@ -1,0 +1,377 @@
+"""One patched pipeline: what is in force by default, and the way back.
+
+Three sites are put in place, and taken out again:
+
+- the pipeline's class, for one of its own that knows when a call begins and edits what `encode_prompt` returns
+  (`instance.py` makes it);
+- a hook on the embedding layer of each text encoder, which swaps the pads (`prompt/pad_swap.py`);
+- hooks and processors on the UNet, which look at what reaches it, and compute or edit its cross-attention
+  (`unet/site.py`).
+
+No class is changed, and no parameter, buffer or submodule is added. What belongs to a request is on its `Session`.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from ..ledger import LEDGER, Stage
+from ..policy import BRANCHES, Branch, Policy
+from ..windows import check_layers
+from .family import outputs, refusals
+from .family.encoders import POOLED_ONLY, clip_embeddings, slots
+from .holders import LOCK, hook_on
+from .prompt import encoding
+from .prompt.encode_prompt import edit_rows, encode, note
+from .prompt.encoding import Encoding
+from .prompt.pad_swap import PadSwapHook
+from .session import Owner, Record, Session, Settings, Tally, binding, bound, current, entered, log
+from .status import Status, edits_of
+from .unet.layers import kv_refusals, layers_of, roots
+from .unet.site import Site
+
+
+class Patch:
+    """A patched pipeline: what is in force, and the way back. Made by `patch`.
+
+    Args:
+        pipe: the pipeline, held weakly.
+        family: what it shares with its copies.
+        settings: what is in force for calls that begin from now on, unless `using` says otherwise.
+
+    Attributes:
+        slots: the text encoders that the pipeline had when it was patched.
+        context_length: tokens in a window.
+        last: the session of the last prompt; None until there is one.
+    """
+
+    def __init__(self, pipe: Any, family: Any, settings: Settings) -> None:
+        self.family, self.settings = family, settings
+        self._pipe = weakref.ref(pipe)
+        self.slots = slots(pipe)
+        self.context_length = self.slots[0].vocabulary(pipe).context_length if self.slots else 0
+        self.last: Session | None = None
+        self.is_removed = False
+        self._direct: Session | None = None
+        self._hooked: list[Any] = []
+        self._sites: list[Site] = []
+        self._told: str | None = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        pipe = self._pipe()
+        if pipe is None:
+            raise ReferenceError("patch: its pipeline is gone")
+        return pipe
+
+    @property
+    def base(self) -> type:
+        """The pipeline's class, without memkern."""
+        found: type = self.family.base
+        return found
+
+    @property
+    def tally(self) -> Tally:
+        """What rows are counted in, together with the pipeline's copies."""
+        found: Tally = self.family.tally
+        return found
+
+    @property
+    def in_force(self) -> Settings:
+        """What is in force in this context: what `using` bound here, or else the default."""
+        return binding(self) or binding(self.family) or self.settings
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force in this context."""
+        return self.in_force.policy
+
+    @property
+    def stage(self) -> Stage:
+        """Where it is applied: "embeds" or "kv"."""
+        return self.in_force.applied
+
+    @property
+    def on_unknown(self) -> str:
+        """What happens in this context to rows that would go unedited."""
+        return self.in_force.on_unknown
+
+    def attach(self) -> None:
+        """Put hooks on the text encoders and sites on the UNet that the pipeline has now."""
+        pipe = self.pipe
+        with LOCK:
+            wanted = [found for slot in self.slots if (found := clip_embeddings(getattr(pipe, slot.encoder, None)))]
+            for module in self._hooked:
+                if not any(module is one for one in wanted):
+                    _unhook(module, self)
+            for module in wanted:
+                _hook(module, self)
+            self._hooked = wanted
+            held = [Site.of(module, prefix) for prefix, module in self._roots().items()]
+            for site in self._sites:
+                if site not in held:
+                    site.release(self)
+            self._sites = held
+            self.hold(self.settings)
+            self._told = None
+
+    def hold(self, settings: Settings, needs: Any = None) -> None:
+        """Let the sites have what `settings` need, for this patch or for `needs`."""
+        for site in self._sites:
+            if not site.prefix or settings.controlnet:
+                site.hold(self, needs=needs, processors=settings.needs_processors, kv=settings.applied == "kv")
+            else:
+                site.hold(self, needs=needs)
+
+    def let_go(self, needs: Any) -> None:
+        """`needs` needs nothing any more."""
+        for site in self._sites:
+            site.release(self, needs=needs)
+
+    def _roots(self) -> dict[str, Any]:
+        return roots(self.pipe, controlnet=True)
+
+    def check(self, settings: Settings) -> None:
+        """Raise if `settings` cannot be in force on this pipeline; nothing is changed.
+
+        Raises:
+            ValueError: a token to pad with is unknown, or keys and values cannot be edited, with the reasons.
+        """
+        pipe, policy = self.pipe, settings.policy
+        for slot in slots(pipe):
+            slot.token_id(pipe, policy, policy.reembed_pads)
+        if settings.applied == "kv":
+            layers = layers_of(roots(pipe, controlnet=settings.controlnet))
+            refusals.require_kv(pipe, policy, kv_refusals(layers))
+            check_layers(policy, [name for name, _ in layers])
+
+    def update(self, policy: Policy | str | None = None, **settings: Any) -> None:
+        """Change what is in force for calls that begin from now on; what is not named stays. Checked before it takes
+        effect.
+
+        A text encoder or UNet that was exchanged since is taken in place of the former one.
+
+        Args:
+            policy, settings: as those of `patch`.
+
+        Raises:
+            RuntimeError: this patch was removed.
+        """
+        if self.is_removed:
+            raise RuntimeError("update: this patch was removed; call memkern.patch(pipe) again")
+        changed = self.settings.changed(policy, **settings)
+        self.check(changed)
+        self.settings = changed
+        self.family.settings_changed(self)
+        self.last = self._direct = None
+        self.slots = slots(self.pipe) or self.slots
+        self.attach()
+
+    def detach(self) -> None:
+        """Take hooks and sites out, where no other pipeline needs them."""
+        with LOCK:
+            for module in self._hooked:
+                _unhook(module, self)
+            for site in self._sites:
+                site.release(self)
+            self._hooked, self._sites = [], []
+            self.last = self._direct = None
+            self.is_removed = True
+
+    def remove(self) -> None:
+        """Restore the pipeline: every hook and attribute is the object it was. A second call does nothing.
+
+        Raises:
+            RuntimeError: something else was put in place of memkern's `encode_prompt`; it is to go first.
+        """
+        if not self.is_removed:
+            self.family.restore(self)
+
+    @property
+    def replaced_by(self) -> object | None:
+        """What stands in place of memkern's `encode_prompt`, if something else was put there since."""
+        found: object | None = vars(self.pipe).get(outputs.method(self.pipe))
+        return found
+
+    @property
+    def sites(self) -> list[Site]:
+        """The UNet and the ControlNets that the pipeline reads with."""
+        return self._sites
+
+    @property
+    def lost(self) -> str | None:
+        """Why layers that were put in place are not reached by now; None where all are."""
+        if {prefix: Site.of(module, prefix) for prefix, module in self._roots().items()} != {
+            site.prefix: site for site in self._sites
+        }:
+            return "the pipeline's UNet or ControlNet was exchanged"
+        return "processors of the UNet were replaced" if any(site.exchanged for site in self._sites) else None
+
+    def status(self) -> Status:
+        """What is in force, where, and what the last prompts were."""
+        return Status.of(self)
+
+    @contextmanager
+    def request(self, pipe: Any) -> Iterator[Session]:
+        """A call of the pipeline: it keeps what is in force now until its end."""
+        session = Session(self.in_force, pipe, self)
+        self._follow()
+        try:
+            with entered(session):
+                yield session
+        finally:
+            self._finish(session)
+
+    def _follow(self) -> None:
+        """Warn once of what another tool has taken out."""
+        lost = self.lost
+        if lost is not None and lost != self._told:
+            again = f"{lost} since it was patched; call memkern.patch(pipe) or patch.update() again"
+            warnings.warn(f"memkern: {again} to have them accelerated", stacklevel=5)
+        self._told = lost
+
+    def _finish(self, session: Session) -> None:
+        record = _record(session)
+        self.tally.add(session.settle())
+        self.last = session
+        session.close()
+        if not session.encoded and not session.reasons:
+            return
+        log.info("%s", record)
+        if session.settings.report is not None:
+            session.settings.report(record)
+
+    def direct(self) -> Session:
+        """The session of what is done outside any call of the pipeline."""
+        if self._direct is None:
+            self._direct = Session(self.in_force, self.pipe, self)
+        return self._direct
+
+    def encode_prompt(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pipeline's `encode_prompt`, in a call of the pipeline or outside."""
+        session, owner = current(), cast(Owner, self)
+        if session is not None and session.patch is owner:
+            return encode(session, self.family.method, args, kwargs)
+        session = self._direct = self.last = Session(self.in_force, pipe, self)
+        try:
+            return encode(session, self.family.method, args, kwargs)
+        finally:
+            record = _record(session)
+            self.tally.add(session.settle())
+            log.info("%s", record)
+            if session.settings.report is not None:
+                session.settings.report(record)
+
+    @contextmanager
+    def encoding(self, branch: Branch = "cond") -> Iterator[Callable[..., torch.Tensor]]:
+        """Direct text-encoder calls inside count as encoding prompts of `branch`: their pads are swapped.
+
+        Yields:
+            A function that applies the policy's edits to the embeddings `[B, L, D]` made inside, after
+            whatever weighting, of both text encoders side by side where there are two; what it returns is
+            recognised by the pipeline as edited:
+
+                with patch.encoding("cond") as edited:
+                    embeds = pipe.text_encoder(input_ids)[0]
+                    embeds = edited(embeds)
+
+            Embeddings of several windows, as compel and sd_embed make them, were made by a call for each. Where there
+            were others in between (weighted words), say which ids they are of: `edited(embeds, input_ids)`, ids
+            `[B, L]`; windows behind those are taken as empty prompts', which fill up the shorter of two prompts.
+        """
+        if branch not in BRANCHES:
+            raise ValueError(f"branch: expected one of {', '.join(BRANCHES)}, got {branch!r}")
+        session = Session(self.in_force, self.pipe, self)
+        policy = session.settings.policy
+        seen = Encoding(self.pipe, self.slots, policy, policy.reembed_pads)
+        with encoding.entered(seen):
+
+            def edited(embeds: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+                windows = embeds.shape[1] // self.context_length
+                if input_ids is None:
+                    calls = [seen.last(slot, windows) for slot in self.slots]
+                else:
+                    calls = [seen.given(slot, input_ids, windows) for slot in self.slots]
+                made, rows = edit_rows(session, embeds, calls, branch)
+                note(session, made, branch, rows)
+                self.last = session
+                return made
+
+            yield edited
+
+    def called_outside(self) -> None:
+        """A text encoder was called, and not by a patched `encode_prompt`."""
+        session = current()
+        if session is None or session.patch is not cast(Owner, self):
+            session = Session(self.in_force, self._pipe(), self)
+        elif type(session.pipe).__name__ in POOLED_ONLY:
+            return
+        if session.settings.edits:
+            session.unmitigated(
+                "the text encoder of a patched pipeline was called outside its encode_prompt: by another pipeline "
+                "that shares it (patch that one too) or directly (use `with patch.encoding('cond'):`)"
+            )
+
+    @staticmethod
+    def maker_among(holders: list[Patch], context: torch.Tensor) -> Patch | None:
+        """Which of several patches made the rows of a context `[B, L, D]`; None if none did."""
+        made = [row.maker() for row in LEDGER.recall(context) if row is not None and row.maker is not None]
+        return next((maker for maker in made if any(maker is holder for holder in holders)), None)
+
+
+@contextmanager
+def in_force(patch: Patch, settings: Settings, whole_family: bool) -> Iterator[None]:
+    """Let checked `settings` be in force in this context, and the UNet have what they need."""
+    needs = _Needs()
+    patch.hold(settings, needs=needs)
+    try:
+        with bound(patch.family if whole_family else patch, settings):
+            yield
+    finally:
+        patch.let_go(needs)
+
+
+class _Needs:
+    """Stands for a `with` block among those who need something of a site."""
+
+
+def _hook(module: Any, holder: Patch) -> None:
+    hook = hook_on(module, PadSwapHook)
+    if hook is None:
+        hook = PadSwapHook()
+        hook.handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    hook.holders.add(holder)
+
+
+def _unhook(module: Any, holder: Patch) -> None:
+    hook = hook_on(module, PadSwapHook)
+    if hook is not None:
+        hook.holders.drop(holder)
+        if not hook.holders:
+            hook.handle.remove()
+
+
+def _record(session: Session) -> Record:
+    counts = session.counts
+    return Record(
+        session.settings.policy,
+        session.settings.applied,
+        dict(session.encoded),
+        edits_of(session),
+        counts.protected,
+        counts.exempt,
+        counts.unedited,
+        counts.refused,
+        tuple(session.reasons),
+    )

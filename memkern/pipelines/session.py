@@ -1,0 +1,320 @@
+"""Requests: what is in force for one, what it encoded, what reached the UNet, and whom it tells.
+
+What belongs to a request lives on its `Session`, never on the pipeline: requests in threads and tasks, shallow copies
+and pipelines that share parts do not meet. A session is found through the current context (`contextvars`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol, get_args
+
+from ..errors import UnmitigatedError, UnmitigatedWarning
+from ..ledger import KnownRow, RowTable, Stage
+from ..ops import backends
+from ..policy import Branch, Policy
+from .family.encoders import EncoderCall, Slot
+
+OnUnknown = Literal["raise", "warn", "pass"]
+StageChoice = Literal["auto", "embeds", "kv"]
+Outcome = Literal["protected", "exempt", "unedited"]
+
+log = logging.getLogger("memkern")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is in force; see `memkern.patch` for each.
+
+    Raises:
+        TypeError, ValueError: a value that is not one of those allowed, or a stage that cannot express the policy.
+    """
+
+    policy: Policy = field(default_factory=lambda: Policy.parse("swap-pad-zero-eot"))
+    backend: str = "auto"
+    on_unknown: OnUnknown = "raise"
+    accelerate: bool = True
+    stage: StageChoice = "auto"
+    controlnet: bool = True
+    report: Callable[[Record], None] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", Policy.of(self.policy))
+        for name, allowed in (("on_unknown", get_args(OnUnknown)), ("stage", get_args(StageChoice))):
+            value = getattr(self, name)
+            if value not in allowed:
+                *most, last = map(repr, allowed)
+                raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {value!r}")
+        if self.report is not None and not callable(self.report):
+            raise TypeError(f"report: expected a callable that takes a Record, got {self.report!r}")
+        backends.require_installed(self.backend)
+        reasons = self.policy.kv_reasons()
+        if self.stage == "embeds" and reasons:
+            raise ValueError(f"stage: policy '{self.policy}' needs the kv stage, not 'embeds': {'; '.join(reasons)}")
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """What can be set."""
+        return {setting.name for setting in fields(cls)}
+
+    @property
+    def applied(self) -> Stage:
+        """Where the policy is applied: on the embeddings if that can express it, unless asked otherwise."""
+        if self.stage == "auto":
+            return "kv" if self.policy.kv_reasons() else "embeds"
+        return self.stage
+
+    @property
+    def needs_processors(self) -> bool:
+        """Whether the UNet's cross-attention layers are computed here."""
+        return self.accelerate or self.applied == "kv"
+
+    @property
+    def edits(self) -> bool:
+        """Whether any row is changed."""
+        return self.policy.touches("cond") or self.policy.touches("uncond")
+
+    def changed(self, policy: Policy | str | None = None, **changes: Any) -> Settings:
+        """These with others in place of those that are named and not None."""
+        unknown = sorted(changes.keys() - self.names())
+        if unknown:
+            raise TypeError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(self.names()))}")
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if policy is not None:
+            changes["policy"] = policy
+        return replace(self, **changes) if changes else self
+
+    def serves(self, row: KnownRow) -> bool:
+        """Whether a row is what a request with these settings makes."""
+        return row.serves(self.policy, self.applied) or not (self.edits or row.unedited)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows since a pipeline was patched.
+
+    Attributes:
+        protected: rows of prompts, one per image, that reached the UNet edited.
+        exempt: rows of prompts whose policy leaves them alone, such as "none".
+        unedited: rows, of prompts and negative prompts, that should have been edited, reached the UNet and were not.
+        refused: requests that raised for a row that would have been unedited.
+    """
+
+    protected: int = 0
+    exempt: int = 0
+    unedited: int = 0
+    refused: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{getattr(self, one.name)} {one.name}" for one in fields(self))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call of a patched pipeline, as `patch(..., report=…)` gets it.
+
+    Attributes:
+        policy, stage: what was in force.
+        rows: branch → how many rows were encoded.
+        edits: of each encoded row its roles and what was done to how many positions (`PromptStatus`).
+        protected, exempt, unedited, refused: as in `Counts`.
+        reasons: why rows went through unedited, or were refused.
+    """
+
+    policy: Policy
+    stage: Stage
+    rows: dict[Branch, int]
+    edits: tuple[Any, ...]
+    protected: int
+    exempt: int
+    unedited: int
+    refused: int
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{count} {branch}" for branch, count in self.rows.items()) or "none"
+        edits = "; ".join(str(edit) for edit in self.edits)
+        counts = Counts(self.protected, self.exempt, self.unedited, self.refused)
+        return f"policy {self.policy}, stage {self.stage}, rows {rows}: {counts}{f' ({edits})' if edits else ''}"
+
+
+class Tally:
+    """The counts of a pipeline and its copies."""
+
+    def __init__(self) -> None:
+        self._total, self._lock = Counts(), threading.Lock()
+
+    def add(self, counts: Counts) -> None:
+        """Count what a request came to."""
+        with self._lock:
+            self._total += counts
+
+    @property
+    def total(self) -> Counts:
+        """All since patching."""
+        return self._total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
+        return Tally()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tally, ()
+
+
+class Owner(Protocol):
+    """What a session knows of the patch it belongs to."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The text encoders that the pipeline had when it was patched."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens in a window."""
+
+    @property
+    def base(self) -> type:
+        """The pipeline's class, without memkern."""
+
+    @property
+    def tally(self) -> Tally:
+        """What its rows are counted in."""
+
+    def called_outside(self) -> None:
+        """A text encoder was called, and not by a patched `encode_prompt`."""
+
+
+class Session:
+    """One request's view of a patched pipeline.
+
+    Args:
+        settings: what is in force for all of it.
+        pipe: the pipeline that is called, which may be a copy of the one that was patched.
+        patch: the `Patch` it is counted for.
+
+    Attributes:
+        rows: what it encoded or was given, by value.
+        calls: what the text encoders read last, by branch.
+        encoded: how many rows it encoded, by branch.
+        kept: what is kept of contexts, by the UNet that reads them.
+        layers: cross-attention layer → what it did.
+        unreached: layers that should have been edited and were not, and why.
+        left_alone: why layers were left to their own processors where acceleration was asked for.
+        reasons: why rows went through unedited, or were refused.
+    """
+
+    def __init__(self, settings: Settings, pipe: Any, patch: Owner) -> None:
+        self.settings, self.patch = settings, patch
+        self._pipe = weakref.ref(pipe)
+        self.rows = RowTable()
+        self.calls: dict[Branch, tuple[EncoderCall, ...]] = {}
+        self.encoded: Counter[Branch] = Counter()
+        self.kept: dict[Any, Any] = {}
+        self.layers: dict[str, Any] = {}
+        self.unreached: dict[str, str] = {}
+        self.left_alone: dict[str, None] = {}
+        self.reasons: dict[str, None] = {}
+        self._outcomes: dict[int, tuple[Outcome, KnownRow | None]] = {}
+        self._refused = 0
+        self.kept_bytes = 0
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that is called; None once it is gone."""
+        return self._pipe()
+
+    def unmitigated(self, reason: str) -> None:
+        """Rows go through unedited: raise, warn or pass, as `on_unknown` says; a reason is given once.
+
+        Raises:
+            UnmitigatedError: `on_unknown` is "raise".
+        """
+        chosen, told = self.settings.on_unknown, reason in self.reasons
+        self.reasons[reason] = None
+        message = f"memkern: this prompt would not be protected: {reason} (on_unknown={chosen!r})"
+        if chosen == "raise":
+            self._refused = 1
+            raise UnmitigatedError(message)
+        if not told:
+            log.warning("%s", message)
+            if chosen == "warn":
+                warnings.warn(message, UnmitigatedWarning, stacklevel=3)
+
+    def outcome(self, row: KnownRow, outcome: Outcome) -> None:
+        """A known row reached the UNet; once unedited it stays so."""
+        if self._outcomes.get(id(row), ("", None))[0] != "unedited":
+            self._outcomes[id(row)] = outcome, row
+
+    def strangers(self, count: int) -> None:
+        """Rows that nobody knows reached the UNet."""
+        for _ in range(count):
+            self._outcomes[-len(self._outcomes) - 1] = "unedited", None
+
+    @property
+    def counts(self) -> Counts:
+        """What it has come to by now."""
+        found = Counter(outcome for outcome, _ in self._outcomes.values())
+        return Counts(found["protected"], found["exempt"], found["unedited"], self._refused)
+
+    def close(self) -> None:
+        """The request is over: what it kept is given back; what it came to is told by `status`."""
+        self.kept_bytes = self.size
+        self.kept.clear()
+        self.rows = RowTable()
+
+    @property
+    def size(self) -> int:
+        """Bytes kept of contexts."""
+        return sum(contexts.size for contexts in tuple(self.kept.values())) or self.kept_bytes
+
+    def settle(self) -> Counts:
+        """The counts since the last time."""
+        counts = self.counts
+        self._outcomes.clear()
+        self._refused = 0
+        return counts
+
+
+_SESSION: ContextVar[Session | None] = ContextVar("memkern_session", default=None)
+_BOUND: ContextVar[tuple[tuple[object, Settings], ...]] = ContextVar("memkern_bound", default=())
+
+
+def current() -> Session | None:
+    """The session of the pipeline call that this context is in."""
+    return _SESSION.get()
+
+
+@contextmanager
+def entered(session: Session) -> Iterator[Session]:
+    """Make `session` the current one."""
+    token = _SESSION.set(session)
+    try:
+        yield session
+    finally:
+        _SESSION.reset(token)
+
+
+@contextmanager
+def bound(owner: object, settings: Settings) -> Iterator[None]:
+    """Let `settings` be in force for `owner` in this context."""
+    token = _BOUND.set((*_BOUND.get(), (owner, settings)))
+    try:
+        yield
+    finally:
+        _BOUND.reset(token)
+
+
+def binding(owner: object) -> Settings | None:
+    """What is bound to `owner` in this context, the innermost; None if nothing is."""
+    return next((settings for bound_to, settings in reversed(_BOUND.get()) if bound_to is owner), None)

@@ -1,0 +1,1 @@
+"""From embeddings to the UNet: what reaches it, and its cross-attention layers."""

@@ -1,0 +1,114 @@
+"""What the cross-attention layers of a UNet do with a context: once per context, and kept.
+
+The context does not change over the denoising steps, so a layer that sees one a second time computes its K and V,
+or with the weights of all four projections A and VO (`absorbed_attention`), and keeps them until the context
+dies, changes, or the weights do. At the kv stage a policy's edits are in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from ...ledger import LEDGER, KnownRows
+from ...seen import Seen
+from ..attention.choose import Prepared, prepare
+from ..attention.paths import projected
+from ..attention.sources import Source, unedited
+from ..session import Session
+from .kv_stage import Active, RowEdits
+
+
+class Context:
+    """One context: what its rows are, which layers saw it, and what they made of it.
+
+    Attributes:
+        rows: what each row is; None until someone looks.
+        edits: what is done to their keys and values.
+        is_counted: whether its rows have been counted as having reached the UNet.
+    """
+
+    def __init__(self, tensor: torch.Tensor, forget: Callable[[Any], None] | None = None) -> None:
+        self.seen = Seen(tensor, forget)
+        self.rows: KnownRows | None = None
+        self.edits: RowEdits | None = None
+        self.is_counted = False
+        self._sources: dict[Active, Source | None] = {}
+        self._visited: set[tuple[int, Active]] = set()
+        self._prepared: dict[tuple[int, Active], Prepared] = {}
+
+    def recognise(self, tensor: torch.Tensor, session: Session) -> None:
+        """Find out what its rows are: by identity, else by value."""
+        self.rows = LEDGER.recall(tensor, session.rows, session.settings.serves)
+        self.edits = RowEdits(self.rows)
+
+    def attend(
+        self, attn: Any, x: torch.Tensor, tensor: torch.Tensor, active: Active, backend: str, *, keep: bool
+    ) -> tuple[torch.Tensor | None, Prepared | None]:
+        """A layer's output before its residual, None where its own processor is to compute it, and what was prepared
+        for it just now.
+
+        Args:
+            active: the edits in force; empty for none.
+            keep: whether what is computed from the context may be kept for the next step.
+        """
+        source = self._source(tensor, active, backend) if active else None
+        key = id(attn), () if source is None else active
+        if not keep or key not in self._visited:
+            self._visited.add(key)
+            out = None if source is None else projected(attn, source, backend)(x, tensor)
+            return out, None
+        prepared, made = self._prepared.get(key), None
+        if prepared is None or not prepared.valid(attn):
+            prepared = made = self._prepared[key] = prepare(attn, x, source or self._whole(tensor), tensor, backend)
+        return None if prepared.attend is None else prepared.attend(x, tensor), made
+
+    def _source(self, tensor: torch.Tensor, active: Active, backend: str) -> Source | None:
+        """The context under the edits that are in force; None where they leave all its rows alone."""
+        if active not in self._sources:
+            assert self.edits is not None
+            self._sources[active] = self.edits.source(tensor, active, backend)
+        return self._sources[active]
+
+    def _whole(self, tensor: torch.Tensor) -> Source:
+        found = self._sources.get(())
+        if found is None:
+            found = self._sources[()] = unedited(tensor)
+        return found
+
+    @property
+    def size(self) -> int:
+        """Bytes kept."""
+        return sum(prepared.size for prepared in self._prepared.values())
+
+
+class Contexts:
+    """The contexts that one request gave one UNet."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[Hashable, Context] = {}
+
+    def of(self, tensor: torch.Tensor) -> Context:
+        """What is known of this very tensor, unwritten since; if nothing is, it is known from now on."""
+        key = Seen.key(tensor)
+        known = self._contexts.get(key)
+        if known is not None and known.seen.is_still(tensor):
+            return known
+
+        def forget(reference: Any) -> None:
+            kept = self._contexts.get(key)
+            if kept is not None and kept.seen.reference is reference:
+                self._contexts.pop(key, None)
+
+        known = self._contexts[key] = Context(tensor, forget)
+        return known
+
+    @property
+    def size(self) -> int:
+        """Bytes kept."""
+        return sum(context.size for context in tuple(self._contexts.values()))
+
+    def __len__(self) -> int:
+        return len(self._contexts)

@@ -1,0 +1,75 @@
+"""What reaches the UNet is looked at: whose rows they are, and whether all were edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...ledger import KnownRow, KnownRows
+from ..session import Session
+
+WATCHED: dict[int, Callable[[torch.Tensor], None]] = {}
+"""What looks at the contexts of a compiled UNet, by the number that its graph carries."""
+
+_LIBRARY = torch.library.Library("memkern", "FRAGMENT")
+_LIBRARY.define("look(Tensor context, int site) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _look(context: torch.Tensor, site: int) -> torch.Tensor:
+    """A hook would break the graph of a compiled UNet; an operator in it may look."""
+    watch = WATCHED.get(site)
+    if watch is not None:
+        watch(context)
+    return context.clone()
+
+
+_LIBRARY.impl("look", _look, "CompositeExplicitAutograd")
+torch.library.register_fake("memkern::look", lambda context, site: torch.empty_like(context), lib=_LIBRARY)
+torch.library.register_autograd("memkern::look", lambda ctx, grad: (grad, None), lib=_LIBRARY)
+
+
+def judge(session: Session, rows: KnownRows, *, direct: bool) -> None:
+    """Raise, warn or pass, as the session's `on_unknown` says, if `rows` has some that should have been edited.
+
+    Args:
+        direct: whether the UNet was called outside any call of the pipeline, where each row goes by its own policy.
+    """
+    settings = session.settings
+    strangers, others = rows.count(None), [] if direct else [row for row in rows if row and not _serves(session, row)]
+    if not settings.edits:
+        return
+    for row in others:
+        session.outcome(row, "unedited")
+    session.strangers(strangers)
+    if strangers:
+        session.unmitigated(
+            f"{strangers} of {len(rows)} rows of what the UNet reads were not made by the pipeline's encode_prompt: "
+            "another tool changed them, or they came as raw prompt_embeds"
+        )
+    if others:
+        made = "edited" if others[0].stage == "embeds" else "encoded for the kv stage"
+        session.unmitigated(
+            f"{len(others)} of {len(rows)} rows of what the UNet reads were {made} as {others[0].branch} under "
+            f"'{others[0].policy}', while '{settings.policy}' is in force: a cache of embeddings, or an update since"
+        )
+
+
+def _serves(session: Session, row: KnownRow) -> bool:
+    # What goes through unedited was told of when it was encoded.
+    return row.unedited or session.settings.serves(row)
+
+
+def count(session: Session, rows: KnownRows, *, shortfall: bool = False) -> None:
+    """Count what reached the UNet: rows of prompts, and whatever went unedited.
+
+    Args:
+        shortfall: whether layers that should have edited the rows did not.
+    """
+    for row in rows:
+        if row is None:
+            continue
+        if row.unedited or (shortfall and row.stage == "kv" and row.policy.edits_on(row.branch)):
+            session.outcome(row, "unedited")
+        elif row.branch == "cond":
+            session.outcome(row, "protected" if row.policy.touches("cond") else "exempt")

@@ -1,0 +1,384 @@
+"""A UNet or ControlNet that patched pipelines read with: memkern's processors and hooks on it, and whose call it is."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...windows import layer_size
+from ..holders import LOCK, Holders, hook_on, inert, inert_reduced
+from ..session import Session, current
+from .contexts import Context, Contexts
+from .keeping import why_not_kept
+from .kv_stage import Active
+from .layers import cross_attention_layers, former_of, is_plain
+from .look import WATCHED, count, judge
+from .processor import CrossAttentionProcessor
+from .schedule import Place, argument, position, sample_size
+
+_NUMBERS = itertools.count()
+
+
+@dataclass
+class Call:
+    """One call of a UNet.
+
+    Attributes:
+        site: whose.
+        session: for whom.
+        known: the context it was given.
+        place: where in the schedule it is.
+        reached: the layers whose keys and values were looked at for edits.
+        sizes: resolutions that were met by an edit's scope.
+        causes: why a layer was not reached, where it is known.
+    """
+
+    site: Site
+    session: Session
+    direct: bool
+    known: Context | None = None
+    place: Place = field(default_factory=Place)
+    reached: set[str] = field(default_factory=set)
+    sizes: set[str] = field(default_factory=set)
+    causes: dict[str, str] = field(default_factory=dict)
+
+    def settle(self) -> None:
+        """Count at once what belongs to no call of a pipeline."""
+        if self.direct:
+            self.session.patch.tally.add(self.session.settle())
+
+
+_CALL: ContextVar[Call | None] = ContextVar("memkern_unet_call", default=None)
+
+
+class LookHook:
+    """A forward pre-hook on a UNet: a call begins."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not torch.compiler.is_compiling() or self.site.edits_kv:
+            self.site.begin(args, kwargs)
+            return None
+        context = argument("encoder_hidden_states", 2, args, kwargs)
+        if not isinstance(context, torch.Tensor):
+            return None
+        looked = torch.ops.memkern.look(context, self.site.number)
+        if "encoder_hidden_states" in kwargs:
+            return args, {**kwargs, "encoder_hidden_states": looked}
+        return (*args[:2], looked, *args[3:]), kwargs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return inert_reduced()
+
+
+class EndHook:
+    """A forward hook on a UNet: a call ends."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling() or self.site.edits_kv:
+            self.site.end()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return inert_reduced()
+
+
+class Site:
+    """What memkern has put on one UNet or ControlNet; found by its hook, made by the first pipeline that needs it.
+
+    Attributes:
+        prefix: of its layers' names; empty for a UNet.
+        holders: the patches whose pipelines read with it.
+        is_placed: whether memkern's processors are in force.
+        edits_kv: whether any pipeline that shares it may edit keys and values.
+        number: what a compiled graph finds it by.
+    """
+
+    def __init__(self, module: Any, prefix: str) -> None:
+        self.prefix, self.number = prefix, next(_NUMBERS)
+        self.holders, self._computed, self._edited = Holders(), Holders(), Holders()
+        self.is_placed = self.edits_kv = False
+        self._module = weakref.ref(module)
+        self._placed: list[tuple[Any, CrossAttentionProcessor, Any]] = []
+        self._handles: list[Any] = []
+
+    @staticmethod
+    def of(module: Any, prefix: str = "") -> Site:
+        """The site that is on `module`, or a new one."""
+        hook = hook_on(module, LookHook)
+        return Site(module, prefix) if hook is None else hook.site
+
+    def hold(self, holder: Any, *, needs: Any = None, processors: bool = False, kv: bool = False) -> None:
+        """Put in what `holder` needs, a patch or what stands for one.
+
+        Args:
+            needs: who needs the processors; `holder` itself if None.
+            processors: whether layers are to be computed here.
+            kv: whether keys and values are to be edited.
+        """
+        with LOCK:
+            self.holders.add(holder)
+            who = holder if needs is None else needs
+            for wanted, users in ((processors, self._computed), (kv, self._edited)):
+                (users.add if wanted else users.drop)(who)
+            self._settle()
+
+    def release(self, holder: Any, *, needs: Any = None) -> None:
+        """Take out what nobody else needs; with `needs`, only what that needed."""
+        with LOCK:
+            for users in (self._computed, self._edited):
+                users.drop(holder if needs is None else needs)
+            if needs is None:
+                self.holders.drop(holder)
+            self._settle()
+
+    def _settle(self) -> None:
+        module, held = self._module(), bool(self.holders)
+        if module is None:
+            return
+        if held and not self._handles:
+            WATCHED[self.number] = _watcher(self)
+            self._handles = [
+                module.register_forward_pre_hook(LookHook(self), with_kwargs=True),
+                module.register_forward_hook(EndHook(self)),
+            ]
+        if self._computed:
+            self._place(module)
+        else:
+            self._take_out(module)
+        self.is_placed, self.edits_kv = bool(self._computed), bool(self._edited)
+        if not held:
+            WATCHED.pop(self.number, None)
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+
+    def _place(self, module: Any) -> None:
+        for name, attn in cross_attention_layers(module):
+            processor = attn.processor
+            if not is_plain(attn) or (type(processor) is CrossAttentionProcessor and processor.site is self):
+                continue
+            former = former_of(processor)
+            ours = CrossAttentionProcessor(former, self, self.prefix + name)
+            attn.set_processor(ours)
+            self._placed = [kept for kept in self._placed if kept[0] is not attn] + [(attn, ours, former)]
+
+    def _take_out(self, module: Any) -> None:
+        """Put back the very processors that were there, where ours still is."""
+        for _, attn in cross_attention_layers(module):
+            if type(attn.processor) is CrossAttentionProcessor and attn.processor.site in (self, None):
+                attn.set_processor(former_of(attn.processor))
+        self._placed = []
+
+    @property
+    def call(self) -> Call | None:
+        """The call that this context is in, if it is one of this site's."""
+        call = _CALL.get()
+        return call if call is not None and call.site is self else None
+
+    @property
+    def module(self) -> Any:
+        """The UNet or ControlNet; None once it is gone."""
+        return self._module()
+
+    @property
+    def count(self) -> int:
+        """How many of the processors that were put in are still in place."""
+        return sum(attn.processor is processor for attn, processor, _ in self._placed)
+
+    @property
+    def exchanged(self) -> list[str]:
+        """The layers whose processors were replaced since."""
+        return [processor.name for attn, processor, _ in self._placed if attn.processor is not processor]
+
+    @property
+    def foreign(self) -> list[str]:
+        """The classes of processors that stayed, since they compute more than attention."""
+        module = self._module()
+        layers = [] if module is None else cross_attention_layers(module)
+        return [type(former_of(attn.processor)).__name__ for _, attn in layers if not is_plain(attn)]
+
+    def _whose(self, context: Any = None) -> tuple[Session, bool] | None:
+        """Whose call it is, and whether it is one outside any call of a pipeline; None if of no patched pipeline's."""
+        session = current()
+        if session is not None and session.patch in self.holders:
+            return session, False
+        holders = self.holders.all()
+        if not holders:
+            return None
+        holder = next((one for one in holders if one.in_force.edits), holders[0])
+        if len(holders) > 1 and isinstance(context, torch.Tensor) and context.dim() == 3:
+            holder = holder.maker_among(holders, context) or holder
+        return holder.direct(), True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The UNet is called: a context that it was not given before is looked at."""
+        context = argument("encoder_hidden_states", 2, args, kwargs)
+        whose = self._whose(context)
+        if whose is None:
+            _CALL.set(None)
+            return
+        call = Call(self, *whose)
+        _CALL.set(call)
+        if isinstance(context, torch.Tensor) and context.dim() == 3:
+            call.known = self._known(call, context)
+            sample = sample_size(args, kwargs)
+            where = None
+            if call.known.edits is not None and call.known.edits.follows_steps:
+                times = getattr(getattr(call.session.pipe, "scheduler", None), "timesteps", None)
+                where = position(argument("timestep", 1, args, kwargs), times)
+            call.place = Place(sample, where)
+
+    def _known(self, call: Call, context: torch.Tensor) -> Context:
+        """What is known of a context; one that is new is recognised, and judged."""
+        session = call.session
+        kept = session.kept.get(self)
+        if kept is None:
+            kept = session.kept.setdefault(self, Contexts())
+        known: Context = kept.of(context)
+        if known.rows is None:
+            if call.direct:
+                session.reasons.clear()
+            known.recognise(context, session)
+            assert known.rows is not None
+            try:
+                judge(session, known.rows, direct=call.direct)
+                if not self.prefix and not known.edits:
+                    count(session, known.rows)
+            except BaseException:
+                # Looked at anew if it is tried again.
+                known.rows = None
+                raise
+            finally:
+                call.settle()
+        return known
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end(self) -> None:
+        """The call is over: layers that should have edited keys and values, and did not, are found.
+
+        Raises:
+            UnmitigatedError: there are some, and `on_unknown` is "raise".
+        """
+        call = self.call
+        if call is None:
+            return
+        _CALL.set(None)
+        known, module = call.known, self._module()
+        if known is None or module is None or not known.edits or known.rows is None:
+            return
+        missed = self._missed(call, module)
+        try:
+            if missed:
+                names = list(missed)
+                more = f" and {len(names) - 1} more" if names[1:] else ""
+                call.session.unreached.update(missed)
+                if not known.is_counted and not self.prefix:
+                    count(call.session, known.rows, shortfall=True)
+                call.session.unmitigated(
+                    f"keys and values of {len(names)} cross-attention layers were not edited: {names[0]}{more}: "
+                    f"{missed[names[0]]}"
+                )
+            absent = sorted(known.edits.sizes(call.place) - call.sizes) if not self.prefix else []
+            if absent:
+                call.session.unmitigated(f"no cross-attention layer of this call has the size {', '.join(absent)}")
+            if not known.is_counted and not self.prefix:
+                count(call.session, known.rows, shortfall=bool(missed))
+        finally:
+            known.is_counted = True
+            call.settle()
+
+    def _missed(self, call: Call, module: Any) -> dict[str, str]:
+        """The layers that were to be edited in this call and were not, each with the cause."""
+        edits = None if call.known is None else call.known.edits
+        missed: dict[str, str] = {}
+        for name, attn in cross_attention_layers(module):
+            name = self.prefix + name
+            if name in call.reached or edits is None or not edits.wanted(name, call.place):
+                continue
+            cause = call.causes.get(name)
+            if cause is None and type(attn.processor) is not CrossAttentionProcessor:
+                cause = f"its processor was replaced by a {type(attn.processor).__name__} since it was patched"
+            elif cause is None and "forward" in vars(attn):
+                cause = "its forward was replaced"
+            missed[name] = cause or "its processor was not called"
+        return missed
+
+    def attend(
+        self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """A layer's output before its residual; None where its former processor is to compute it."""
+        call = self.call
+        if call is None:
+            # A layer that is called by itself.
+            whose = self._whose(context)
+            if whose is None:
+                return None
+            call = Call(self, *whose)
+        known, session = call.known, call.session
+        if known is None or not known.seen.is_here(context):
+            edited = known.edits if known is not None else session.settings.applied == "kv"
+            known = self._known(call, context) if edited else session.kept.setdefault(self, Contexts()).of(context)
+        active: Active = ()
+        if known.edits:
+            active = known.edits.active(name, x.shape[1], call.place)
+            if mask is not None:
+                call.causes[name] = "it was called with an attention mask, beside which nothing is edited"
+                if any(active):
+                    session.unmitigated(f"{name} {call.causes[name].removeprefix('it ')}")
+                return None
+            call.reached.add(name)
+            size = layer_size(x.shape[1], call.place.sample)
+            if size is not None:
+                call.sizes |= {f"{size[0]}x{size[1]}", *([str(size[0])] if size[0] == size[1] else [])}
+            active = active if any(active) else ()
+        reason = "accelerate=False" if not session.settings.accelerate else why_not_kept(x, context, mask)
+        if reason is not None:
+            session.left_alone[reason] = None
+            if not active:
+                return None
+        out, made = known.attend(attn, x, context, active, session.settings.backend, keep=reason is None)
+        if made is not None:
+            session.layers[name] = made.choice
+        elif active and name not in session.layers:
+            session.layers[name] = "edited, nothing kept"
+        return out
+
+
+def _watcher(site: Site) -> Callable[[torch.Tensor], None]:
+    """What looks at a context for a compiled graph: it holds the site weakly."""
+    reference = weakref.ref(site)
+
+    def watch(context: torch.Tensor) -> None:
+        found = reference()
+        whose = None if found is None else found._whose(context)
+        if found is None or whose is None or context.dim() != 3:
+            return
+        call = Call(found, *whose)
+        call.session.left_alone["the UNet is compiled"] = None
+        if found._known(call, context).edits:
+            call.session.unmitigated(
+                "the UNet was compiled before any pipeline edited keys and values; compile it anew, or call "
+                "torch.compiler.reset()"
+            )
+
+    return watch
