@@ -142,23 +142,29 @@ class Ledger:
             first: rows that are looked at before the process's own.
             prefer: which of those that were made for different purposes are taken.
         """
-        entry = self._tensors.get(Seen.key(tensor))
-        if entry is not None and entry[0].is_still(tensor):
-            return entry[1]
+        same = self.recall_same(tensor)
+        if same is not None:
+            return same
         if tensor.dim() != 3 or tensor.device.type == "meta":
             return (None,) * len(tensor)
         return self._find(row_keys(tensor), first, prefer)
 
+    def recall_same(self, tensor: torch.Tensor) -> tuple[KnownRow, ...] | None:
+        """What the rows of this very tensor are; None if it was not remembered, or was written to since."""
+        entry = self._tensors.get(Seen.key(tensor))
+        return entry[1] if entry is not None and entry[0].is_still(tensor) else None
+
     def _find(self, keys: Iterable[Hashable], first: RowTable | None, prefer: Callable[[KnownRow], bool]) -> KnownRows:
-        used: Counter[int] = Counter()
+        used: Counter[tuple[Hashable, int | None]] = Counter()
         found: list[KnownRow | None] = []
         with self._lock:
             self._resolve()
             for key in keys:
                 same = (first.get(key) if first is not None else ()) or self._table.get(key)
-                row = min([row for row in same if prefer(row)] or same, key=lambda row: used[id(row)], default=None)
-                used[id(row)] += 1
-                found.append(row)
+                places = [place for place, row in enumerate(same) if prefer(row)] or [*range(len(same))]
+                place = min(places, key=lambda place: used[key, place], default=None)
+                used[key, place] += 1
+                found.append(None if place is None else same[place])
         return tuple(found)
 
     def _resolve(self) -> None:

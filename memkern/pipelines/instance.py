@@ -82,6 +82,7 @@ class Family:
                 f"unpatch: {patch.replaced_by!r} was put in place of memkern's pipe.{self.name}; undo that first"
             )
         with LOCK:
+            vars(pipe).pop(self.name, None)
             pipe.__class__ = self.base
             if self.own is not None:
                 vars(pipe)[self.name] = self.own

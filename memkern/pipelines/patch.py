@@ -36,6 +36,8 @@ from .status import Status, edits_of
 from .unet.layers import kv_refusals, layers_of, roots
 from .unet.site import Site
 
+_EXCHANGED = "the pipeline's UNet or ControlNet was exchanged"
+
 
 class Patch:
     """A patched pipeline: what is in force, and the way back. Made by `patch`.
@@ -61,6 +63,7 @@ class Patch:
         self._direct: Session | None = None
         self._hooked: list[Any] = []
         self._sites: list[Site] = []
+        self._looked: list[Site] = []
         self._told: str | None = None
 
     @property
@@ -119,10 +122,10 @@ class Patch:
                 _hook(module, self)
             self._hooked = wanted
             held = [Site.of(module, prefix) for prefix, module in self._roots().items()]
-            for site in self._sites:
+            for site in (*self._sites, *self._looked):
                 if site not in held:
                     site.release(self)
-            self._sites = held
+            self._sites, self._looked = held, []
             self.hold(self.settings)
             self._told = None
 
@@ -183,9 +186,9 @@ class Patch:
         with LOCK:
             for module in self._hooked:
                 _unhook(module, self)
-            for site in self._sites:
+            for site in (*self._sites, *self._looked):
                 site.release(self)
-            self._hooked, self._sites = [], []
+            self._hooked, self._sites, self._looked = [], [], []
             self.last = self._direct = None
             self.is_removed = True
 
@@ -201,8 +204,10 @@ class Patch:
     @property
     def replaced_by(self) -> object | None:
         """What stands in place of memkern's `encode_prompt`, if something else was put there since."""
-        found: object | None = vars(self.pipe).get(outputs.method(self.pipe))
-        return found
+        found: Any = vars(self.pipe).get(outputs.method(self.pipe))
+        # Put back by hand, what the class has is not something else.
+        same = getattr(found, "__func__", None) is getattr(type(self.pipe), outputs.method(self.pipe))
+        return None if same and found.__self__ is self.pipe else found
 
     @property
     def sites(self) -> list[Site]:
@@ -215,7 +220,7 @@ class Patch:
         if {prefix: Site.of(module, prefix) for prefix, module in self._roots().items()} != {
             site.prefix: site for site in self._sites
         }:
-            return "the pipeline's UNet or ControlNet was exchanged"
+            return _EXCHANGED
         return "processors of the UNet were replaced" if any(site.exchanged for site in self._sites) else None
 
     def status(self) -> Status:
@@ -226,19 +231,28 @@ class Patch:
     def request(self, pipe: Any) -> Iterator[Session]:
         """A call of the pipeline: it keeps what is in force now until its end."""
         session = Session(self.in_force, pipe, self)
-        self._follow()
         try:
             with entered(session):
+                self._follow(session)
                 yield session
         finally:
             self._finish(session)
 
-    def _follow(self) -> None:
-        """Warn once of what another tool has taken out."""
+    def _follow(self, session: Session) -> None:
+        """Say what another tool has taken out; look at what reaches an exchanged UNet all the same."""
         lost = self.lost
-        if lost is not None and lost != self._told:
+        if lost is not None:
             again = f"{lost} since it was patched; call memkern.patch(pipe) or patch.update() again"
-            warnings.warn(f"memkern: {again} to have them accelerated", stacklevel=5)
+            if lost == _EXCHANGED:
+                for prefix, module in self._roots().items():
+                    site = Site.of(module, prefix)
+                    site.hold(self)
+                    self._looked.append(site)
+                session.left_alone["an exchanged UNet"] = None
+                if session.settings.applied == "kv" and session.settings.edits:
+                    session.unmitigated(again)
+            if lost != self._told and session.settings.applied == "embeds":
+                warnings.warn(f"memkern: {again} to have them accelerated", stacklevel=6)
         self._told = lost
 
     def _finish(self, session: Session) -> None:

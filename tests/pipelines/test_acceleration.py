@@ -14,9 +14,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 import memkern
 from memkern.ops import backends, cpu
-from memkern.pipelines.acceleration import Acceleration
+from memkern.pipelines.session import Session, Settings, Tally
+from memkern.pipelines.unet.layers import cross_attention_layers
 from memkern.pipelines.unet.processor import CrossAttentionProcessor
-from memkern.pipelines.sites import Sites, cross_attention_layers
+from memkern.pipelines.unet.site import Site
 from memkern.testing import tiny_pipeline
 
 pytestmark = pytest.mark.skipif(bool(backends.installed("cpp")), reason="needs the compiled CPU library")
@@ -42,13 +43,30 @@ def context():
     return context
 
 
+class Holder:
+    """Stands for the patch of a pipeline whose policy edits nothing."""
+
+    def __init__(self, module, backend="auto"):
+        self.in_force = Settings("none", backend=backend)
+        self.tally = Tally()
+        self.session = Session(self.in_force, self, self)
+        self.site = Site.of(module)
+        self.site.hold(self, processors=True)
+
+    def direct(self):
+        return self.session
+
+    @property
+    def contexts(self):
+        return self.session.kept.get(self.site, ())
+
+
 class Run:
     """A UNet with and without the processors, on the same inputs."""
 
     def __init__(self, unet):
-        self.unet, self.acceleration = unet, Acceleration("auto")
-        self.plain = copy.deepcopy(unet)
-        self.sites = Sites({"": unet}, self.acceleration)
+        self.unet, self.plain = unet, copy.deepcopy(unet)
+        self.holder = Holder(unet)
         torch.manual_seed(2)
         self.sample = torch.randn(2, 4, 16, 16)
 
@@ -62,7 +80,7 @@ class Run:
 
     @property
     def paths(self):
-        return {choice.path for choice in self.acceleration.choices.values()}
+        return {choice.path for choice in self.holder.session.layers.values()}
 
 
 @pytest.fixture
@@ -76,7 +94,7 @@ def same(ours, theirs):
 
 def force(monkeypatch, path):
     """Make one path the cheapest."""
-    monkeypatch.setattr("memkern.pipelines.acceleration.seconds", lambda name, *_: 0.0 if name == path else 1.0)
+    monkeypatch.setattr("memkern.pipelines.attention.choose.seconds", lambda name, *_: 0.0 if name == path else 1.0)
 
 
 @torch.no_grad()
@@ -85,7 +103,7 @@ def test_every_path_is_the_same_function(run, context, monkeypatch, path):
     force(monkeypatch, path)
     expected = run.expected(context)
     assert torch.equal(run(context), expected), "the first sight is the layer's own processor, bit for bit"
-    assert not run.acceleration.choices
+    assert not run.holder.session.layers
     same(run(context), expected)
     assert run.paths == {path}
     assert torch.equal(run(context), run(context))
@@ -125,7 +143,9 @@ def test_error_of_a_layer_of_sd15(width, dtype, path, reordered, monkeypatch):
     x, context = x.to(dtype), context.to(dtype)
     expected = exact(x.double(), encoder_hidden_states=context.double())
     theirs = (layer(x, encoder_hidden_states=context) - expected).abs().max()
-    layer.set_processor(CrossAttentionProcessor(None, Acceleration("auto")))
+    net = torch.nn.ModuleDict({"attn2": layer})
+    holder = Holder(net)
+    assert holder.site.is_placed
     layer(x, encoder_hidden_states=context)
     assert (layer(x, encoder_hidden_states=context) - expected).abs().max() <= 1.5 * theirs
 
@@ -164,7 +184,7 @@ def test_a_context_written_to_or_replaced_is_another_context(run, context):
     assert torch.equal(run(other), run.expected(other))
     same(run(other), run.expected(other))
     same(run(context), run.expected(context))
-    assert run.acceleration.size == 2
+    assert len(run.holder.contexts) == 2
 
 
 @torch.no_grad()
@@ -172,13 +192,13 @@ def test_memory_is_given_back_with_the_context(run, context, monkeypatch):
     force(monkeypatch, "absorbed")
     context = context.clone()
     run(context), run(context)
-    kept = next(iter(run.acceleration._contexts.values()))
-    parts = [weakref.ref(prepared.attend) for prepared in kept.prepared.values()]
-    assert run.acceleration.size == 1
+    kept = next(iter(run.holder.contexts._contexts.values()))
+    parts = [weakref.ref(prepared.attend) for prepared in kept._prepared.values()]
+    assert len(run.holder.contexts) == 1
     assert all(part() is not None for part in parts)
     del kept, context
     gc.collect()
-    assert run.acceleration.size == 0
+    assert len(run.holder.contexts) == 0
     assert all(part() is None for part in parts)
 
 
@@ -189,7 +209,7 @@ def test_with_gradients_the_layers_own_processors_run(run, context):
     (ours,) = torch.autograd.grad(out.square().sum(), context)
     (theirs,) = torch.autograd.grad(run.expected(context).square().sum(), context)
     assert torch.equal(ours, theirs)
-    assert not run.acceleration.choices
+    assert not run.holder.session.layers
 
 
 def test_inference_mode(run, context):
@@ -198,10 +218,10 @@ def test_inference_mode(run, context):
         inside = context.clone()
         for _ in range(3):
             assert torch.equal(run(inside), run.expected(inside))
-        assert not run.acceleration.choices
+        assert not run.holder.session.layers
         for _ in range(3):
             out = run(context)
-        assert run.acceleration.choices
+        assert run.holder.session.layers
     with torch.no_grad():
         same(out, run.expected(context))
 
@@ -229,7 +249,6 @@ def test_lora_between_calls_and_during_one(run, context):
     config = peft.LoraConfig(r=2, target_modules=["attn2.to_q", "attn2.to_k"], init_lora_weights=False)
     run.unet.add_adapter(config)
     with_lora = copy.deepcopy(run.unet)
-    Sites({"": with_lora}, Acceleration("torch")).remove()
     same(run(context), with_lora(run.sample, 7, context).sample)
     run.unet.fuse_lora()
     same(run(context), with_lora(run.sample, 7, context).sample)
@@ -241,12 +260,12 @@ def test_lora_between_calls_and_during_one(run, context):
 @torch.no_grad()
 def test_processors_are_put_back_and_copies_are_plain(unet):
     formers = {name: attn.processor for name, attn in cross_attention_layers(unet)}
-    sites = Sites({"": unet}, Acceleration("auto"))
-    assert sites.count == len(formers) > 0
+    holder = Holder(unet)
+    assert holder.site.count == len(formers) > 0
     assert all(isinstance(attn.processor, CrossAttentionProcessor) for _, attn in cross_attention_layers(unet))
     for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
         assert {type(attn.processor).__name__ for _, attn in cross_attention_layers(copied)} == {"AttnProcessor2_0"}
-    sites.remove()
+    holder.site.release(holder)
     assert {name: attn.processor for name, attn in cross_attention_layers(unet)} == formers
     type(CrossAttentionProcessor())()
 
@@ -267,8 +286,8 @@ def test_the_picture_is_that_of_the_unaccelerated_pipeline(tokenizers, policy, g
                 generator=torch.Generator().manual_seed(0),
             ).images
         )
-        assert bool(patch.acceleration.choices) == accelerate
-        assert patch.acceleration.size == 0
+        assert bool(memkern.status(pipe).layers) == accelerate
+        assert not patch.last.kept
     assert abs(pictures[1] - pictures[0]).max() <= 1e-3
     assert (pictures[1] == pictures[2]).all()
 
@@ -277,7 +296,7 @@ def test_one_step_never_pays(tokenizers):
     pipe = tiny_pipeline(tokenizers["sd1"])
     patch = memkern.patch(pipe)
     pipe("a cat", num_inference_steps=1, output_type="latent")
-    assert not patch.acceleration.choices
+    assert not patch.status().layers
 
 
 def test_status_shows_the_choice_and_its_inputs(sd1):
@@ -309,16 +328,15 @@ def test_offload_in_three_forms(unet, context, monkeypatch, form, before):
     torch.manual_seed(2)
     sample = torch.randn(2, 4, 16, 16)
     expected = copy.deepcopy(unet)(sample, 7, context).sample
-    acceleration = Acceleration("auto")
     if before:
         offload(unet)
-    Sites({"": unet}, acceleration)
+    holder = Holder(unet)
     if not before:
         unet(sample, 7, context), unet(sample, 7, context)
         offload(unet)
     for _ in range(3):
         same(unet(sample, 7, context).sample, expected)
-    reasons = {reason for choice in acceleration.choices.values() for reason in choice.reasons}
+    reasons = {reason for choice in holder.session.layers.values() for reason in choice.reasons}
     assert bool(reasons) == (form != "model")
 
 

@@ -249,8 +249,10 @@ def test_embeddings_that_were_encoded_before(sd1, policy):
     cond, uncond = sd1.encode_prompt(PROMPTS, "cpu", 1, True)
     given = images(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond, num_images_per_prompt=2)
     assert torch.equal(given, expected)
+    again = images(sd1, None, prompt_embeds=cond.clone(), negative_prompt_embeds=uncond, num_images_per_prompt=2)
+    assert torch.equal(again, expected)
     with pytest.raises(memkern.UnmitigatedError, match="prompt_embeds carries no token ids"):
-        images(sd1, None, prompt_embeds=cond.clone(), negative_prompt_embeds=uncond)
+        images(sd1, None, prompt_embeds=cond + 1, negative_prompt_embeds=uncond)
 
 
 def test_embeddings_of_the_other_stage_are_not_taken(sd1):
@@ -298,7 +300,7 @@ def test_a_processor_put_in_since_is_told(sd1):
     memkern.patch(sd1, "ren:1.25")
     layer = cross_attention_layers(sd1.unet)[0][1]
     layer.set_processor(AttnProcessor2_0())
-    with pytest.raises(memkern.UnmitigatedError, match="processors of the UNet were replaced"):
+    with pytest.raises(memkern.UnmitigatedError, match="its processor was replaced by AttnProcessor2_0"):
         images(sd1)
     memkern.patch(sd1, "ren:1.25")
     images(sd1)

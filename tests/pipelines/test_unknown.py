@@ -80,10 +80,12 @@ def test_what_encode_prompt_returned_is_recognised(sd1, policy):
 
 
 @torch.no_grad()
-def test_recognition_is_of_that_very_tensor_and_policy(sd1):
+def test_recognition_is_by_value_and_policy(sd1):
     patch = memkern.patch(sd1, "zero-eot")
     cond, uncond = sd1.encode_prompt("a cat", CPU, 1, True)
-    for other in (cond.clone(), torch.cat([cond, cond])):
+    assert torch.equal(context_of(sd1, prompt_embeds=cond.clone())[1:], cond)
+    assert torch.equal(context_of(sd1, prompt_embeds=torch.cat([cond, cond]), guidance_scale=1)[:1], cond)
+    for other in (cond + 1e-3, cond.double().float() * 2):
         with pytest.raises(memkern.UnmitigatedError, match="not made by memkern"):
             context_of(sd1, prompt_embeds=other)
     patch.update("zero-pad:0.7")

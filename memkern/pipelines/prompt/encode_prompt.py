@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def _edit_outputs(
     Args:
         reembedded: what it returned with "!" for the pads, where the policy reads that as well.
     """
-    pipe, own, calls = session.pipe, session.patch.slots, seen.calls
+    pipe, policy, own, calls = session.pipe, session.settings.policy, session.patch.slots, seen.calls
     used, encoded = layout.encoded_branches(pipe, arguments)
     if [call.slot for call in calls] != [slot for _ in encoded for slot in own]:
         session.unmitigated(
@@ -104,11 +105,12 @@ def _edit_outputs(
         elif given is None:
             # Zero rows have no tokens; they stand for an empty prompt's.
             prompts = len(calls_of["cond"][0].roles) if "cond" in calls_of else len(embeds)
-            roles = [empty_roles(prompts, seen.context_length)]
+            roles = [empty_roles(prompts, seen.context_length)] * len(own)
             rows = known_rows(session, embeds, roles, branch, others.get(branch), paired)
         else:
             rows = _recalled(session, branch, given, embeds)
-        note(session, parts[branch], branch, rows)
+        # Raw embeddings that a policy leaves alone are nobody's later.
+        note(session, parts[branch], branch, rows, vouch=branch in calls_of or policy.touches(branch))
     return layout.join(pipe, outputs, parts)
 
 
@@ -204,10 +206,16 @@ def known_rows(
     ]
 
 
-def note(session: Session, embeds: torch.Tensor, branch: Branch, rows: Sequence[KnownRow]) -> None:
-    """Let rows that are on their way to the UNet be recognised there, in its dtype as well."""
+def note(
+    session: Session, embeds: torch.Tensor, branch: Branch, rows: Sequence[KnownRow], *, vouch: bool = True
+) -> None:
+    """Let rows that are on their way to the UNet be recognised there, in its dtype as well.
+
+    Args:
+        vouch: whether other requests are to know them as well.
+    """
     session.encoded[branch] += len(rows)
-    if not any(row.unedited for row in rows):
+    if vouch and not any(row.unedited for row in rows):
         LEDGER.remember(embeds, rows)
     reader = getattr(getattr(session.pipe, "unet", None), "dtype", None)
     dtypes = {embeds.dtype, reader if reader is not None and reader.is_floating_point else embeds.dtype}
@@ -239,15 +247,17 @@ def _recalled(session: Session, branch: Branch, given: torch.Tensor, repeated: t
     """
     policy, stage = session.settings.policy, session.settings.applied
     images = max(1, repeated.shape[0] // max(1, given.shape[0]))
-    known = LEDGER.recall(given)
+    known = LEDGER.recall(given, prefer=lambda row: row.serves(policy, stage) and row.branch == branch)
     if all(row is not None and row.serves(policy, stage) and row.branch == branch for row in known):
-        return [row for row in known if row is not None for _ in range(images)]
+        return [replace(row) for row in known if row is not None for _ in range(images)]
     untouched = (torch.full(given.shape[1:2], int(Role.PROMPT), dtype=torch.uint8, device="cpu"),)
     if not policy.touches(branch):
         # Whatever they are, nothing is done with them.
         return [KnownRow(policy, branch, untouched, stage, window=given.shape[1]) for _ in range(len(repeated))]
-    name, first = "prompt_embeds" if branch == "cond" else "negative_prompt_embeds", next(filter(None, known), None)
-    state = "not made by memkern"
+    name, state = "prompt_embeds" if branch == "cond" else "negative_prompt_embeds", "not made by memkern"
+    # Rows that no edit changed have the values of any encoder's.
+    changed = [row for row in known if row is not None and row.stage == "embeds" and row.policy.edits_on(row.branch)]
+    first = next(iter(LEDGER.recall_same(given) or changed), None)
     if first is not None:
         made = "edited" if first.stage == "embeds" else "encoded for the kv stage"
         state = f"{made} as {first.branch} under '{first.policy}'"

@@ -44,9 +44,7 @@ def cross_attention_layers(module: Any) -> list[tuple[str, Any]]:
             continue
         if isinstance(block, Attention) and name.endswith("attn2"):
             found.append((name, block))
-        elif getattr(block, "only_cross_attention", None) is True and isinstance(
-            getattr(block, "attn1", None), Attention
-        ):
+        elif vars(block).get("only_cross_attention") is True and isinstance(getattr(block, "attn1", None), Attention):
             found.append((f"{name}.attn1", block.attn1))
     return found
 

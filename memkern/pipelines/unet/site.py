@@ -284,7 +284,7 @@ class Site:
             return
         _CALL.set(None)
         known, module = call.known, self._module()
-        if known is None or module is None or not known.edits or known.rows is None:
+        if known is None or module is None or not known.edits or known.rows is None or not self._computes(call):
             return
         missed = self._missed(call, module)
         try:
@@ -307,6 +307,10 @@ class Site:
             known.is_counted = True
             call.settle()
 
+    def _computes(self, call: Call) -> bool:
+        """Whether layers are computed here for a call: those of a ControlNet may be left alone."""
+        return not self.prefix or call.session.settings.controlnet
+
     def _missed(self, call: Call, module: Any) -> dict[str, str]:
         """The layers that were to be edited in this call and were not, each with the cause."""
         edits = None if call.known is None else call.known.edits
@@ -317,7 +321,7 @@ class Site:
                 continue
             cause = call.causes.get(name)
             if cause is None and type(attn.processor) is not CrossAttentionProcessor:
-                cause = f"its processor was replaced by a {type(attn.processor).__name__} since it was patched"
+                cause = f"its processor was replaced by {type(attn.processor).__name__} since it was patched"
             elif cause is None and "forward" in vars(attn):
                 cause = "its forward was replaced"
             missed[name] = cause or "its processor was not called"
@@ -334,6 +338,8 @@ class Site:
             if whose is None:
                 return None
             call = Call(self, *whose)
+        if not self._computes(call):
+            return None
         known, session = call.known, call.session
         if known is None or not known.seen.is_here(context):
             edited = known.edits if known is not None else session.settings.applied == "kv"
