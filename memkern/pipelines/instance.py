@@ -22,7 +22,7 @@ import torch
 from ..errors import UnmitigatedError, UnmitigatedWarning
 from ..ops import backends
 from ..policy import BRANCHES, REEMBEDDED_AS, Bank, Branch, Policy
-from ..windows import check_layers
+from ..scope import check_layers
 from . import encoding, layout, supported
 from .acceleration import Acceleration
 from .edits import edit_outputs, edit_rows

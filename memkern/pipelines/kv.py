@@ -14,7 +14,7 @@ from ..coalesce import Keys, coalesce, coalesce_plan, every_key
 from ..plan import Plan, bank_rows, lower, select
 from ..policy import Branch, Policy
 from ..roles import Role
-from ..windows import in_layers, in_steps, layer_size
+from ..scope import in_layers, in_steps, layer_size
 from .rows import Encodings, Rows
 
 Active = tuple[int, ...]

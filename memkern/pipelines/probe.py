@@ -21,7 +21,7 @@ import torch
 from .. import ops
 from ..plan import Plan
 from ..roles import Role
-from ..windows import layer_size
+from ..scope import layer_size
 from .instance import Patch, find
 from .kv import Active, KVStage, Source, edited
 from .patching import patch
