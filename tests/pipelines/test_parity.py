@@ -175,7 +175,8 @@ def test_negatives_edited_by_the_roles_of_their_prompts(sd1, given):
 
     raw, ids = plain[:2], tokenize(sd1.tokenizer, negatives, False)[0]
     with pytest.raises(
-        ValueError, match="cond_input_ids: policy 'zero PAD on uncond' edits negative rows by the roles"
+        ValueError,
+        match="cond_input_ids: policy 'zero PAD on uncond by the roles of cond' edits negative rows by the roles",
     ):
         memkern.apply_policy(raw, ids, PAIRED, branch="uncond")
     cond_ids = tokenize(sd1.tokenizer, prompts, False)[0]
