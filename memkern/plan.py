@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .policy import Action, Bank, Branch, Edit, Policy
+from .actions import Action, Bank
+from .policy import Branch, Edit, Policy
 from .roles import CONTEXT_LENGTH, Role, check_roles, split_windows
 
 

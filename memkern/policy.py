@@ -1,113 +1,66 @@
 """Policies: what to do with each token role, on which branch, where.
 
 A policy is a small immutable value that knows nothing of tensors; `memkern.plan.lower` turns it into some.
-`zero` and `exclude` are different things: a zeroed key keeps its place in the softmax (logit 0) and
-contributes nothing; an excluded key is not in the softmax at all.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Literal
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from operator import index
+from typing import Any, Literal, SupportsIndex
 
+from . import documents
+from .actions import (
+    REEMBEDDED_AS,
+    Action,
+    Bank,
+    attenuate,
+    exclude,
+    keep,
+    logit_bias,
+    logit_scale,
+    number,
+    one_of,
+    replace,
+    source_name,
+    strength,
+    unit,
+    zero,
+)
 from .roles import Role
+
+# Actions are importable from here as well, where they were before they had a module.
+__all__ = [
+    "BRANCHES",
+    "ORDERS",
+    "PRESETS",
+    "REEMBEDDED_AS",
+    "Action",
+    "Bank",
+    "Branch",
+    "Edit",
+    "Parameter",
+    "Policy",
+    "Preset",
+    "attenuate",
+    "exclude",
+    "keep",
+    "logit_bias",
+    "logit_scale",
+    "replace",
+    "strength",
+    "zero",
+]
 
 Branch = Literal["cond", "uncond"]
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
 ORDERS = ("first", "last", "even", "random")
-
-
-REEMBEDDED_AS = "!"
-"""The token that `Bank.PAD_REEMBEDDED` pads with, the paper's."""
-
-
-class Bank(str, Enum):
-    """Rows beside a sequence's own, which `replace` can read."""
-
-    PAD_MEAN = "pad-mean"
-    """The mean of the PAD rows of the same window."""
-    PAD_REEMBEDDED = "pad-reembedded"
-    """The row at the same position, the prompt encoded with "!" for its pads."""
-
-
-@dataclass(frozen=True)
-class Action:
-    """What happens to the keys that an edit selects; made by the functions below."""
-
-    kind: str
-    value: float | None = None
-    source: Role | Bank | None = None
-    threshold: float | None = None
-
-    def __str__(self) -> str:
-        if self.source is not None:
-            name = self.source.name.lower() if isinstance(self.source, Role) else self.source.value
-            return f"{self.kind}({name})"
-        numbers = ", ".join(f"{number:g}" for number in (self.value, self.threshold) if number is not None)
-        return f"{self.kind}({numbers})" if numbers else self.kind
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether no edit of the embeddings expresses this action."""
-        return self.kind in ("exclude", "logit_scale", "logit_bias", "attenuate")
-
-
-def keep() -> Action:
-    """Leave the rows as they are."""
-    return Action("keep")
-
-
-def zero() -> Action:
-    """The embedding row becomes 0: the key keeps logit 0 and contributes nothing (the paper's "masking")."""
-    return Action("zero")
-
-
-def exclude() -> Action:
-    """The key leaves the softmax: its logit becomes -inf. Needs the kv stage."""
-    return Action("exclude")
-
-
-def replace(source: Role | Bank | str) -> Action:
-    """The row takes another row's content.
-
-    Args:
-        source: the role "sot" or "eot" (of the same window), or a bank: "pad-mean" or "pad-reembedded".
-    """
-    if isinstance(source, str) and source in {bank.value for bank in Bank}:
-        return Action("replace", source=Bank(source))
-    role = Role.of(source)
-    if role not in (Role.SOT, Role.EOT):
-        raise ValueError(
-            f"replace: {role.name} has many rows; use 'sot', 'eot', or a bank: 'pad-mean', 'pad-reembedded'"
-        )
-    return Action("replace", source=role)
-
-
-def logit_scale(factor: float) -> Action:
-    """The key's logit is multiplied by `factor`. Needs the kv stage."""
-    return Action("logit_scale", _finite("logit_scale", factor))
-
-
-def logit_bias(bias: float) -> Action:
-    """`bias` is added to the key's logit. Needs the kv stage."""
-    return Action("logit_bias", _finite("logit_bias", bias))
-
-
-def attenuate(factor: float, threshold: float) -> Action:
-    """The logit of a key that stands out is multiplied by `factor` (GUARD, arXiv 2603.00133). Needs the kv stage.
-
-    Per head, a key stands out whose greatest logit over the queries has a z-score above `threshold` among all
-    keys of the row that are attenuated (standard deviation over them, not an estimate from a sample).
-    """
-    return Action("attenuate", _finite("attenuate", factor), threshold=_finite("attenuate", threshold))
-
-
-def strength(amount: float) -> Action:
-    """The row is scaled by 1 - `amount`: 0 is the identity bit for bit, 1 is `zero`."""
-    return Action("strength", _unit("strength", amount))
+_VERSION = 1
+_PLAIN = re.compile(r"[\w.:-]+")
 
 
 @dataclass(frozen=True)
@@ -141,22 +94,17 @@ class Edit:
         object.__setattr__(self, "role", Role.of(self.role))
         if not isinstance(self.action, Action):
             raise TypeError(f"action: expected an Action such as policy.zero(), got {self.action!r}")
-        _one_of("branch", self.branch, (*BRANCHES, "both"))
-        _unit("fraction", self.fraction)
-        _one_of("order", self.order, ORDERS)
-        _one_of("roles_of", self.roles_of, ("own", "cond"))
-        if self.action.source == self.role:
+        one_of("branch", self.branch, (*BRANCHES, "both"))
+        object.__setattr__(self, "fraction", unit("fraction", self.fraction))
+        one_of("order", self.order, ORDERS)
+        one_of("roles_of", self.roles_of, ("own", "cond"))
+        if self.action.source is self.role:
             raise ValueError(f"action: {self.role.name} cannot be replaced by itself")
+        object.__setattr__(self, "seed", _seed(self.seed))
         if self.layers is not None:
-            layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
-            if not layers or not all(isinstance(layer, str) for layer in layers):
-                raise ValueError(f"layers: expected names, blocks or resolutions, got {self.layers!r}")
-            object.__setattr__(self, "layers", layers)
+            object.__setattr__(self, "layers", _layers(self.layers))
         if self.steps is not None:
-            first, last = (_unit("steps", step) for step in self.steps)
-            if first >= last:
-                raise ValueError(f"steps: expected from < to, got ({first:g}, {last:g})")
-            object.__setattr__(self, "steps", (first, last))
+            object.__setattr__(self, "steps", _steps(self.steps))
 
     def applies_to(self, branch: Branch) -> bool:
         """Whether rows of `branch` are edited."""
@@ -174,8 +122,20 @@ class Edit:
         return reasons
 
     def __str__(self) -> str:
-        amount = "" if self.fraction == 1 else f" {self.order} {self.fraction:g} of"
-        return f"{self.action}{amount} {self.role.name} on {self.branch}"
+        said = [str(self.action)]
+        # Said where it changes nothing as well: edits that are not equal never print alike.
+        if (self.fraction, self.order, self.seed) != (1, "first", 0):
+            seed = f" (seed {self.seed})" if self.order == "random" or self.seed else ""
+            said.append(f"{self.order} {number(self.fraction)}{seed} of")
+        said.append(f"{self.role.name} on {self.branch}")
+        if self.roles_of != "own":
+            said.append(f"by the roles of {self.roles_of}")
+        if self.layers is not None:
+            names = (layer if _PLAIN.fullmatch(layer) else repr(layer) for layer in self.layers)
+            said.append(f"in layers {', '.join(names)}")
+        if self.steps is not None:
+            said.append(f"in steps {number(self.steps[0])} to {number(self.steps[1])}")
+        return " ".join(said)
 
 
 @dataclass(frozen=True)
@@ -186,7 +146,8 @@ class Policy:
         edits: applied in order to the original rows; where two select a position, the later one wins.
         reembed_pads: the token, "!" in the paper's method 1, that replaces the padding before the text
             encoder on both branches; None leaves the padding alone.
-        name: what `str(policy)` says; presets set it.
+        name: what `str(policy)` says where it names these very edits, and begins with where it does not;
+            presets set it. Policies of other names are equal if the rest is.
 
     Raises:
         TypeError, ValueError: an edit of another type, or one that a later edit makes void.
@@ -205,17 +166,26 @@ class Policy:
                 raise TypeError(f"edits: expected Edit, got {edit!r}")
         if self.reembed_pads is not None and not (isinstance(self.reembed_pads, str) and self.reembed_pads):
             raise TypeError(f"reembed_pads: expected a token such as '!', got {self.reembed_pads!r}")
-        for index, edit in enumerate(self.edits):
-            for later in self.edits[index + 1 :]:
+        if self.name is not None and not (isinstance(self.name, str) and self.name):
+            raise TypeError(f"name: expected text such as 'zero-pad:0.7', got {self.name!r}")
+        for place, edit in enumerate(self.edits):
+            for later in self.edits[place + 1 :]:
                 if _covers(later, edit):
                     raise ValueError(f"edits: '{later}' leaves nothing of '{edit}'; give each position one edit")
 
     @staticmethod
     def parse(text: str) -> Policy:
         """The preset that `text` names, such as "zero-pad:0.7". An unknown one is a ValueError that lists all."""
-        from .presets import parse
-
-        return parse(text)
+        name, colon, numbers = text.strip().partition(":")
+        preset = PRESETS.get(name)
+        if preset is None:
+            known = ", ".join(row.usage for row in PRESETS.values())
+            raise ValueError(f"policy: unknown preset {text!r}; the presets are {known}")
+        if not colon:
+            return preset.policy()
+        if not preset.parameters:
+            raise ValueError(f"policy: preset {name!r} takes no parameter, got {text!r}")
+        return preset.policy(*preset.numbers(numbers))
 
     @staticmethod
     def of(policy: Policy | str) -> Policy:
@@ -228,7 +198,7 @@ class Policy:
 
     def edits_on(self, branch: Branch) -> tuple[Edit, ...]:
         """The edits that apply to rows of `branch`."""
-        _one_of("branch", branch, BRANCHES)
+        one_of("branch", branch, BRANCHES)
         return tuple(edit for edit in self.edits if edit.applies_to(branch))
 
     def touches(self, branch: Branch) -> bool:
@@ -247,11 +217,121 @@ class Policy:
         """Whether rows of `branch` are edited by the roles of the prompts that they are paired with."""
         return branch == "uncond" and any(edit.roles_of == "cond" for edit in self.edits_on(branch))
 
+    def to_json(self) -> str:
+        """The policy as a JSON document, which `from_json` reads back as an equal policy of the same name.
+
+        An object with "memkern_policy" (the version, 1), "name", "reembed_pads" and "edits"; an edit has the
+        fields of `Edit`, and its "action" a "kind" and what that takes. Fields that have their default are left
+        out.
+        """
+        edits = [_given(edit) | {"role": edit.role.name.lower()} for edit in self.edits]
+        for written, edit in zip(edits, self.edits, strict=True):
+            written["action"] = _given(edit.action)
+            if edit.action.source is not None:
+                written["action"]["source"] = source_name(edit.action.source)
+        document = {"memkern_policy": _VERSION, "name": self.name, "reembed_pads": self.reembed_pads, "edits": edits}
+        return json.dumps({name: value for name, value in document.items() if value is not None}, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Policy:
+        """The policy that `to_json` wrote, or that somebody wrote like it.
+
+        Raises:
+            ValueError: no JSON, another version, or a field that is unknown, missing, or of a wrong type or value;
+                the message names the field, what came, and what is right.
+        """
+        with documents.at("policy"):
+            document = documents.load(text)
+            version = document.get("memkern_policy")
+            if type(version) is not int or version != _VERSION:
+                raise ValueError(f"memkern_policy: expected version {_VERSION}, got {version!r}")
+            given = documents.checked(document, ("memkern_policy", *_names(Policy)), ("edits",))
+            edits = []
+            for place, edit in enumerate(documents.listed("edits", given["edits"])):
+                with documents.at(f"edits[{place}]"):
+                    edits.append(_edit(edit))
+            return Policy(tuple(edits), given.get("reembed_pads"), given.get("name"))
+
     def __str__(self) -> str:
-        if self.name is not None:
-            return self.name
         parts = [f"pads as {self.reembed_pads!r}"] if self.reembed_pads is not None else []
-        return " + ".join(parts + [str(edit) for edit in self.edits]) or "none"
+        text = " + ".join(parts + [str(edit) for edit in self.edits]) or "none"
+        if self.name is None:
+            return text
+        return self.name if self._is_what_its_name_says() else f"{self.name} ({text})"
+
+    def _is_what_its_name_says(self) -> bool:
+        try:
+            return Policy.parse(self.name or "") == self
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number in a preset's name; without a default it has to be given."""
+
+    name: str
+    default: float | None = None
+    minimum: float = 0.0
+    maximum: float = math.inf
+
+    def check(self, usage: str, value: float) -> float:
+        """`value`, or a ValueError if it is out of range."""
+        if not self.minimum <= value <= self.maximum or not math.isfinite(value):
+            least = "finite" if self.minimum == -math.inf else f"finite and at least {number(self.minimum)}"
+            inside = f"in [{number(self.minimum)}, {number(self.maximum)}]"
+            allowed = inside if math.isfinite(self.maximum) else least
+            raise ValueError(f"policy {usage}: {self.name} must be {allowed}, got {number(value)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of the preset table.
+
+    `make` builds the policy from the numbers after the colon, one for each of `parameters`.
+    """
+
+    name: str
+    summary: str
+    equation: str
+    make: Callable[..., Policy]
+    parameters: tuple[Parameter, ...] = ()
+
+    @property
+    def usage(self) -> str:
+        """The string form: the name, with `:parameter` where there is one."""
+        names = ",".join(parameter.name for parameter in self.parameters)
+        return f"{self.name}:{names}" if names else self.name
+
+    def policy(self, *values: float) -> Policy:
+        """The policy, with the defaults of parameters that are not given."""
+        given = list(values)
+        for parameter in self.parameters[len(given) :]:
+            if parameter.default is None:
+                raise ValueError(f"policy {self.usage}: {parameter.name} has no default; give it")
+            given.append(parameter.default)
+        checked = [parameter.check(self.usage, value) for parameter, value in zip(self.parameters, given, strict=True)]
+        made = self.make(*checked)
+        numbers = ",".join(number(value) for value in checked)
+        return Policy(made.edits, made.reembed_pads, f"{self.name}:{numbers}" if numbers else self.name)
+
+    def numbers(self, text: str) -> list[float]:
+        """The numbers of `text`, such as "0.2,1.5": not more than there are parameters."""
+        given = text.split(",")
+        if len(given) > len(self.parameters):
+            raise ValueError(f"policy {self.usage}: takes {len(self.parameters)} numbers, got '{self.name}:{text}'")
+        values = []
+        for parameter, value in zip(self.parameters, given, strict=False):
+            try:
+                values.append(float(value))
+            except ValueError:
+                raise ValueError(f"policy {self.usage}: {parameter.name} must be a number, got {value!r}") from None
+        return values
+
+
+PRESETS: dict[str, Preset] = {}
+"""Name → `Preset`. Some take numbers: "zero-pad:0.7", "ren:1.25", "guard:0.2,1.5"."""
 
 
 def _covers(later: Edit, earlier: Edit) -> bool:
@@ -266,18 +346,45 @@ def _covers(later: Edit, earlier: Edit) -> bool:
     )
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+def _seed(seed: object) -> int:
+    # Those that a generator of torch takes.
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex) or not -(2**63) <= index(seed) < 2**64:
+        raise ValueError(f"seed: expected a whole number in [-2**63, 2**64), got {seed!r}")
+    return index(seed)
 
 
-def _finite(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
+def _layers(layers: object) -> tuple[str, ...]:
+    names = (layers,) if isinstance(layers, str) else tuple(layers) if isinstance(layers, Iterable) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"layers: expected names, blocks or resolutions, got {layers!r}")
+    return names
 
 
-def _unit(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
-    return float(value)
+def _steps(steps: object) -> tuple[float, float]:
+    pair = tuple(steps) if isinstance(steps, Iterable) else ()
+    if len(pair) != 2:
+        raise ValueError(f"steps: expected from and to, such as (0, 0.4), got {steps!r}")
+    first, last = unit("steps", pair[0]), unit("steps", pair[1])
+    if first >= last:
+        raise ValueError(f"steps: expected from < to, got ({number(first)}, {number(last)})")
+    return first, last
+
+
+def _names(kind: type[Policy | Edit | Action]) -> tuple[str, ...]:
+    return tuple(part.name for part in fields(kind))
+
+
+def _given(value: Edit | Action) -> dict[str, Any]:
+    """The fields that do not have their default."""
+    return {part.name: getattr(value, part.name) for part in fields(value) if getattr(value, part.name) != part.default}
+
+
+def _edit(value: object) -> Edit:
+    """The edit of a JSON document."""
+    given = documents.checked(value, _names(Edit), ("role", "action"))
+    with documents.at("action"):
+        action = Action(**documents.checked(given["action"], _names(Action), ("kind",)))
+    for name in ("layers", "steps"):
+        if given.get(name) is not None:
+            documents.listed(name, given[name])
+    return Edit(**given | {"action": action})

@@ -7,60 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from .policy import Action, Bank, Edit, Policy, attenuate, exclude, logit_scale, replace, zero
+from .actions import Action, Bank, attenuate, exclude, logit_scale, replace, zero
+from .policy import PRESETS, Edit, Parameter, Policy, Preset
 from .roles import Role
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """A number in a preset's name; without a default it has to be given."""
-
-    name: str
-    default: float | None = None
-    minimum: float = 0.0
-    maximum: float = math.inf
-
-    def check(self, usage: str, value: float) -> float:
-        """`value`, or a ValueError if it is out of range."""
-        if not self.minimum <= value <= self.maximum or not math.isfinite(value):
-            least = "finite" if self.minimum == -math.inf else f"finite and at least {self.minimum:g}"
-            allowed = f"in [{self.minimum:g}, {self.maximum:g}]" if math.isfinite(self.maximum) else least
-            raise ValueError(f"policy {usage}: {self.name} must be {allowed}, got {value:g}")
-        return value
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One row of the preset table.
-
-    `make` builds the policy from the numbers after the colon, one for each of `parameters`.
-    """
-
-    name: str
-    summary: str
-    equation: str
-    make: Callable[..., Policy]
-    parameters: tuple[Parameter, ...] = ()
-
-    @property
-    def usage(self) -> str:
-        """The string form: the name, with `:parameter` where there is one."""
-        names = ",".join(parameter.name for parameter in self.parameters)
-        return f"{self.name}:{names}" if names else self.name
-
-    def policy(self, *values: float) -> Policy:
-        """The policy, with the defaults of parameters that are not given."""
-        given = list(values)
-        for parameter in self.parameters[len(given) :]:
-            if parameter.default is None:
-                raise ValueError(f"policy {self.usage}: {parameter.name} has no default; give it")
-            given.append(parameter.default)
-        checked = [parameter.check(self.usage, value) for parameter, value in zip(self.parameters, given, strict=True)]
-        made = self.make(*checked)
-        numbers = ",".join(f"{value:.12g}" for value in checked)
-        return Policy(made.edits, made.reembed_pads, f"{self.name}:{numbers}" if numbers else self.name)
+__all__ = ["PRESETS", "Parameter", "Preset"]
 
 
 def _edits(action: Action, *roles: Role) -> Callable[[], Policy]:
@@ -140,28 +92,4 @@ _ROWS = (
     Preset("none", "no edit", "v ← v", lambda: Policy()),
 )
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ROWS}
-"""Name → `Preset`. Some take numbers: "zero-pad:0.7", "ren:1.25", "guard:0.2,1.5"."""
-
-
-def parse(text: str) -> Policy:
-    """The policy that `text` ("name", "name:number" or "name:number,number") names; see `Policy.parse`."""
-    name, colon, numbers = text.strip().partition(":")
-    preset = PRESETS.get(name)
-    if preset is None:
-        known = ", ".join(row.usage for row in _ROWS)
-        raise ValueError(f"policy: unknown preset {text!r}; the presets are {known}")
-    if not colon:
-        return preset.policy()
-    if not preset.parameters:
-        raise ValueError(f"policy: preset {name!r} takes no parameter, got {text!r}")
-    given = numbers.split(",")
-    if len(given) > len(preset.parameters):
-        raise ValueError(f"policy {preset.usage}: takes {len(preset.parameters)} numbers, got {text!r}")
-    values = []
-    for parameter, number in zip(preset.parameters, given, strict=False):
-        try:
-            values.append(float(number))
-        except ValueError:
-            raise ValueError(f"policy {preset.usage}: {parameter.name} must be a number, got {number!r}") from None
-    return preset.policy(*values)
+PRESETS.update((preset.name, preset) for preset in _ROWS)

@@ -94,6 +94,7 @@ def hub(tokenizers, names, monkeypatch):
 def test_blocks_of_a_page_run_one_after_another(hub, page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(memkern.PRESETS, "soft-pad", None)  # taken out again afterwards
+    del memkern.PRESETS["soft-pad"]
     with torch.no_grad():
         for source in blocks(page):
             run(page, source, hub)

@@ -23,7 +23,7 @@ import torch
 
 from ..ledger import LEDGER, Stage
 from ..policy import BRANCHES, Branch, Policy
-from ..windows import check_layers
+from ..scope import check_layers
 from .family import outputs, refusals
 from .family.encoders import POOLED_ONLY, clip_embeddings, slots
 from .holders import LOCK, hook_on

@@ -14,7 +14,7 @@ from memkern import Edit, Policy
 from memkern.pipelines.unet.layers import cross_attention_layers
 from memkern.pipelines.unet.schedule import position
 from memkern.policy import exclude, zero
-from memkern.windows import in_steps
+from memkern.scope import in_steps
 
 PAIRED = Policy([Edit("pad", exclude(), branch="both", roles_of="cond")])
 

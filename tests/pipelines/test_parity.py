@@ -35,7 +35,10 @@ def assert_same(actual, expected, policy):
 
 
 def test_every_embeds_preset_is_here():
-    embeds_stage = {name for name in memkern.PRESETS if name not in ("ren", "guard")}
+    def example(preset):
+        return preset.policy(*(1.0 if each.default is None else each.default for each in preset.parameters))
+
+    embeds_stage = {name for name, preset in memkern.PRESETS.items() if not example(preset).kv_reasons()}
     assert {policy.partition(":")[0] for policy in PRESETS} == embeds_stage
 
 
@@ -172,7 +175,8 @@ def test_negatives_edited_by_the_roles_of_their_prompts(sd1, given):
 
     raw, ids = plain[:2], tokenize(sd1.tokenizer, negatives, False)[0]
     with pytest.raises(
-        ValueError, match="cond_input_ids: policy 'zero PAD on uncond' edits negative rows by the roles"
+        ValueError,
+        match="cond_input_ids: policy 'zero PAD on uncond by the roles of cond' edits negative rows by the roles",
     ):
         memkern.apply_policy(raw, ids, PAIRED, branch="uncond")
     cond_ids = tokenize(sd1.tokenizer, prompts, False)[0]

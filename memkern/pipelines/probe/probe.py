@@ -21,7 +21,7 @@ import torch
 from ... import ops
 from ...plan import Plan
 from ...roles import Role
-from ...windows import layer_size
+from ...scope import layer_size
 from ..attention.paths import split_heads
 from ..attention.sources import Source, edited
 from ..instance import find

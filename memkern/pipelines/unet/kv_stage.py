@@ -12,7 +12,7 @@ from ...ledger import KnownRows
 from ...plan import Plan, bank_rows, lower, select, shared_logits
 from ...policy import Bank, Branch, Policy
 from ...roles import Role
-from ...windows import in_layers, in_steps, is_size, layer_size
+from ...scope import in_layers, in_steps, is_size, layer_size
 from ..attention.sources import Attenuation, Source, edited
 from .schedule import Place
 

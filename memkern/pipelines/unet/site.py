@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...windows import layer_size
+from ...scope import layer_size
 from ..holders import LOCK, Holders, hook_on, inert, inert_reduced
 from ..session import Session, current
 from .contexts import Context, Contexts

@@ -1,4 +1,4 @@
-"""Windows: in which UNet layers, and in which steps, an edit is in force."""
+"""Scope: in which UNet layers, and in which steps, an edit is in force."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _matches(layer: str, name: str, size: tuple[int, int] | None) -> bool:
     if resolution:
         rows = int(resolution[1])
         return size == (rows, int(resolution[2] or rows))
-    # Layers of a ControlNet are matched like the UNet's, or by their whole name; "attn2" may be left out.
+    # Layers of a ControlNet are matched like the UNet's, or by their whole name; "attn1" and "attn2" may be left out.
     own = name.rpartition(":")[2]
-    names = name, name.removesuffix(".attn2"), own, own.removesuffix(".attn2")
+    names = [part for whole in (name, own) for part in (whole, whole.removesuffix(".attn1").removesuffix(".attn2"))]
     return own.startswith(BLOCKS[layer]) if layer in BLOCKS else layer in names
