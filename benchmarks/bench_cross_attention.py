@@ -9,11 +9,11 @@ import pytest
 import torch
 from cross_attention import CrossAttention
 from diffusers.models.attention_processor import AttnProcessor
+from memkern.pipelines.acceleration import Acceleration
 from pairs import compare
 
 from memkern.ops.cpu import Product
 from memkern.ops.triton.layers import CONTEXT_WIDTHS, Layer
-from memkern.pipelines.acceleration import Acceleration
 from memkern.pipelines.unet.processor import CrossAttentionProcessor
 
 SD15 = [Layer("SD 1.5", *size, 8) for size in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))]

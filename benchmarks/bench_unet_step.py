@@ -7,10 +7,9 @@ import functools
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from pairs import compare
-
 from memkern.pipelines.acceleration import Acceleration
 from memkern.pipelines.sites import Sites, cross_attention_layers
+from pairs import compare
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""For tests: a tiny Stable Diffusion pipeline of real parts with random weights, made without any download."""
+"""For tests and benchmarks: tiny Stable Diffusion pipelines of real parts with random weights, and a UNet alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,37 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .pipelines.session import Session, Settings, Tally
+from .pipelines.unet.site import Site
+from .policy import Policy
 from .roles import CONTEXT_LENGTH
 
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
+
+
+class SiteHolder:
+    """Stands for the patch of a pipeline whose policy edits nothing: the cross-attention of `module` is computed by
+    memkern while it lives.
+
+    Attributes:
+        site: what is on the module.
+        session: what its layers did, and what is kept of the contexts that they saw.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.in_force, self.tally = Settings(Policy()), Tally()
+        self.session = Session(self.in_force, self, self)  # type: ignore[arg-type]
+        self.site = Site.of(module)
+        self.site.hold(self, processors=True)
+
+    def direct(self) -> Session:
+        """The session of calls of the module by itself."""
+        return self.session
+
+    @property
+    def contexts(self) -> Any:
+        """What is kept."""
+        return self.session.kept.get(self.site, ())
 
 
 def clip_tokenizer(tokens: Iterable[str], merges: Iterable[str], *, pad_token: str = EOT) -> CLIPTokenizer:

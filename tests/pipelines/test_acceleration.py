@@ -14,11 +14,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 import memkern
 from memkern.ops import backends, cpu
-from memkern.pipelines.session import Session, Settings, Tally
 from memkern.pipelines.unet.layers import cross_attention_layers
 from memkern.pipelines.unet.processor import CrossAttentionProcessor
-from memkern.pipelines.unet.site import Site
-from memkern.testing import tiny_pipeline
+from memkern.testing import SiteHolder, tiny_pipeline
 
 pytestmark = pytest.mark.skipif(bool(backends.installed("cpp")), reason="needs the compiled CPU library")
 
@@ -43,30 +41,12 @@ def context():
     return context
 
 
-class Holder:
-    """Stands for the patch of a pipeline whose policy edits nothing."""
-
-    def __init__(self, module, backend="auto"):
-        self.in_force = Settings("none", backend=backend)
-        self.tally = Tally()
-        self.session = Session(self.in_force, self, self)
-        self.site = Site.of(module)
-        self.site.hold(self, processors=True)
-
-    def direct(self):
-        return self.session
-
-    @property
-    def contexts(self):
-        return self.session.kept.get(self.site, ())
-
-
 class Run:
     """A UNet with and without the processors, on the same inputs."""
 
     def __init__(self, unet):
         self.unet, self.plain = unet, copy.deepcopy(unet)
-        self.holder = Holder(unet)
+        self.holder = SiteHolder(unet)
         torch.manual_seed(2)
         self.sample = torch.randn(2, 4, 16, 16)
 
@@ -144,7 +124,7 @@ def test_error_of_a_layer_of_sd15(width, dtype, path, reordered, monkeypatch):
     expected = exact(x.double(), encoder_hidden_states=context.double())
     theirs = (layer(x, encoder_hidden_states=context) - expected).abs().max()
     net = torch.nn.ModuleDict({"attn2": layer})
-    holder = Holder(net)
+    holder = SiteHolder(net)
     assert holder.site.is_placed
     layer(x, encoder_hidden_states=context)
     assert (layer(x, encoder_hidden_states=context) - expected).abs().max() <= 1.5 * theirs
@@ -260,7 +240,7 @@ def test_lora_between_calls_and_during_one(run, context):
 @torch.no_grad()
 def test_processors_are_put_back_and_copies_are_plain(unet):
     formers = {name: attn.processor for name, attn in cross_attention_layers(unet)}
-    holder = Holder(unet)
+    holder = SiteHolder(unet)
     assert holder.site.count == len(formers) > 0
     assert all(isinstance(attn.processor, CrossAttentionProcessor) for _, attn in cross_attention_layers(unet))
     for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
@@ -330,7 +310,7 @@ def test_offload_in_three_forms(unet, context, monkeypatch, form, before):
     expected = copy.deepcopy(unet)(sample, 7, context).sample
     if before:
         offload(unet)
-    holder = Holder(unet)
+    holder = SiteHolder(unet)
     if not before:
         unet(sample, 7, context), unet(sample, 7, context)
         offload(unet)
