@@ -9,12 +9,11 @@ import pytest
 import torch
 from cross_attention import CrossAttention
 from diffusers.models.attention_processor import AttnProcessor
-from memkern.pipelines.acceleration import Acceleration
 from pairs import compare
 
 from memkern.ops.cpu import Product
 from memkern.ops.triton.layers import CONTEXT_WIDTHS, Layer
-from memkern.pipelines.unet.processor import CrossAttentionProcessor
+from memkern.testing import SiteHolder
 
 SD15 = [Layer("SD 1.5", *size, 8) for size in ((4096, 320), (1024, 640), (256, 1280), (64, 1280))]
 SDXL = [Layer("SDXL", 4096, 640, 10), Layer("SDXL", 1024, 1280, 20)]
@@ -32,9 +31,9 @@ def made(layer, keys, dtype):
     calls = attention.implementations()
     eager, patched = copy.deepcopy(attention.layer), copy.deepcopy(attention.layer)
     eager.set_processor(AttnProcessor())
-    patched.set_processor(CrossAttentionProcessor(None, Acceleration("auto")))
+    holder = SiteHolder(torch.nn.ModuleDict({"attn2": patched}))
     calls["eager"] = lambda: eager(attention.x, encoder_hidden_states=attention.context)
-    calls["patched"] = lambda: patched(attention.x, encoder_hidden_states=attention.context)
+    calls["patched"] = lambda held=holder: patched(attention.x, encoder_hidden_states=attention.context)
     calls["patched"](), calls["patched"]()
     return calls
 

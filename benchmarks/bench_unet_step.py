@@ -7,9 +7,10 @@ import functools
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from memkern.pipelines.acceleration import Acceleration
-from memkern.pipelines.sites import Sites, cross_attention_layers
 from pairs import compare
+
+from memkern.pipelines.unet.layers import cross_attention_layers
+from memkern.testing import SiteHolder
 
 
 @functools.lru_cache(maxsize=1)
@@ -44,7 +45,7 @@ def test_unet_step(benchmark, zeroed, dtype, again):
     context[1, 12 : 12 + zeroed] = 0
     attentions = [attn for _, attn in cross_attention_layers(model)]
     formers = {attn: attn.processor for attn in attentions}
-    sites = Sites({"": model}, Acceleration("auto"))
+    holder = SiteHolder(model)
     ours = {attn: attn.processor for attn in attentions}
 
     def step(processors):
@@ -55,4 +56,4 @@ def test_unet_step(benchmark, zeroed, dtype, again):
     step(ours), step(ours)
     compare(benchmark, lambda: step(ours), lambda: step(formers), named="unpatched", rounds=8)
     step(ours)
-    sites.remove()
+    holder.site.release(holder)
