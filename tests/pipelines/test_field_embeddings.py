@@ -128,7 +128,7 @@ def test_g4_unedited_embeddings_put_in_by_a_callback_are_told(sd1, plain, stage,
     if made is None:
         assert counts(sd1) == (0, 0, 0, 1)
         return
-    protected, exempt, unedited_rows, refused = counts(sd1)
+    _, exempt, unedited_rows, refused = counts(sd1)
     assert (exempt, refused) == (0, 0)
     assert unedited_rows >= 1
     cond, uncond = halves(plain, PROMPT, POLICY)
