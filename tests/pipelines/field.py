@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from by_hand import context
@@ -16,6 +20,8 @@ PROMPT = "a cat"
 OTHER = "a photograph of an astronaut riding a horse"
 ON_UNKNOWN = ("raise", "warn", "pass")
 STAGES = ("embeds", "kv")
+WAIT = 60
+"""Seconds after which a thread that nobody lets go on fails."""
 
 
 def picture(pipe, prompt=PROMPT, steps=3, **options):
@@ -129,3 +135,60 @@ def claims(status):
         for line in map(str, status.prompts)
         if any(effect in line for effect in effects) and not any(excuse in line for excuse in excuses)
     ]
+
+
+def locked(tokenizer, inside=None):
+    """A copy of a tokenizer that one thread at a time may call, as diffusers' server example has it.
+
+    Those of Rust raise "Already borrowed" otherwise, or pad as another thread asked for: `tokenize`, which pipelines
+    call first, takes the padding off. `inside(thread's name)` is called first, without the lock.
+    """
+    lock, kind = threading.RLock(), type(tokenizer)
+
+    def one_at_a_time(name):
+        method = getattr(kind, name)
+
+        @functools.wraps(method)
+        def call(self, *args, **kwargs):
+            if inside is not None and name == "__call__":
+                inside(threading.current_thread().name)
+            with lock:
+                return method(self, *args, **kwargs)
+
+        return call
+
+    methods = {name: one_at_a_time(name) for name in ("__call__", "tokenize", "encode", "decode", "batch_decode")}
+    made = copy.deepcopy(tokenizer)
+    made.__class__ = type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+    return made
+
+
+def request_copy(pipe):
+    """A shallow copy with a scheduler of its own, as in diffusers' server example."""
+    made = copy.copy(pipe)
+    made.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    return made
+
+
+def in_thread(function, *args):
+    """What `function` returns in a thread of its own, or what it raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result(WAIT)
+
+
+def between_steps(first, other, *, step=0):
+    """Two functions in threads: `other` runs as a whole in the middle of `first`'s call, which gets it as callback."""
+    raised = []
+
+    def callback(pipe, index, timestep, tensors):
+        if index == step:
+            try:
+                in_thread(other)
+            except BaseException as error:
+                raised.append(error)
+        return {}
+
+    made = in_thread(first, callback)
+    for error in raised:
+        raise error
+    return made
