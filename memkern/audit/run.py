@@ -122,14 +122,14 @@ def _prompts(model: str, path: Path | None, references: str | None, limit: int |
 def _pipeline(model: str, rank: int) -> Any:
     from diffusers import DiffusionPipeline
 
-    from ..pipelines.support import report
+    from ..pipelines.support import support
 
     if model == EMBEDDED:
         pipe = embedded.load()
     else:
         on_gpu = torch.cuda.is_available()
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if on_gpu else torch.float32)
-    found = report(pipe)
+    found = support(pipe)
     if not found:
         raise ValueError(f"model: {found}")
     pipe.set_progress_bar_config(disable=True)

@@ -5,8 +5,7 @@ from .patching import patch, patched, status, unpatch, using
 from .probe import Probe, probe
 from .session import Counts, Record
 from .status import PromptStatus, Status
-from .support import Support
-from .support import report as support
+from .support import Support, support
 
 __all__ = [
     "Counts",

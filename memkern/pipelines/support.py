@@ -40,7 +40,7 @@ class Support:
         return "\n".join([*lines, *(f"left      {name}: {why}" for name, why in self.left)])
 
 
-def report(pipe: Any) -> Support:
+def support(pipe: Any) -> Support:
     """What `memkern.patch(pipe)` would do.
 
     Returns:
