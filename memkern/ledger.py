@@ -132,7 +132,7 @@ class Ledger:
                 self._resolve()
 
     def recall(
-        self, tensor: torch.Tensor, first: RowTable | None = None, prefer: Callable[[KnownRow], bool] = bool
+        self, tensor: torch.Tensor, first: RowTable | None = None, rank: Callable[[KnownRow], int] = bool
     ) -> KnownRows:
         """What the rows of `tensor` `[B, L, D]` are: by identity, else by value, which takes a device sync.
 
@@ -140,28 +140,31 @@ class Ledger:
 
         Args:
             first: rows that are looked at before the process's own.
-            prefer: which of those that were made for different purposes are taken.
+            rank: of those that were made for different purposes, the ones of the highest are taken.
         """
         same = self.recall_same(tensor)
         if same is not None:
             return same
         if tensor.dim() != 3 or tensor.device.type == "meta":
             return (None,) * len(tensor)
-        return self._find(row_keys(tensor), first, prefer)
+        return self._find(row_keys(tensor), first, rank)
 
     def recall_same(self, tensor: torch.Tensor) -> tuple[KnownRow, ...] | None:
         """What the rows of this very tensor are; None if it was not remembered, or was written to since."""
         entry = self._tensors.get(Seen.key(tensor))
         return entry[1] if entry is not None and entry[0].is_still(tensor) else None
 
-    def _find(self, keys: Iterable[Hashable], first: RowTable | None, prefer: Callable[[KnownRow], bool]) -> KnownRows:
+    def _find(self, keys: Iterable[Hashable], first: RowTable | None,
+        rank: Callable[[KnownRow], int]
+) -> KnownRows:
         used: Counter[tuple[Hashable, int | None]] = Counter()
         found: list[KnownRow | None] = []
         with self._lock:
             self._resolve()
             for key in keys:
                 same = (first.get(key) if first is not None else ()) or self._table.get(key)
-                places = [place for place, row in enumerate(same) if prefer(row)] or [*range(len(same))]
+                ranks = [rank(row) for row in same]
+                places = [place for place, own in enumerate(ranks) if own == max(ranks)]
                 place = min(places, key=lambda place: used[key, place], default=None)
                 used[key, place] += 1
                 found.append(None if place is None else same[place])

@@ -93,8 +93,8 @@ class Settings:
         return replace(self, **changes) if changes else self
 
     def serves(self, row: KnownRow) -> bool:
-        """Whether a row is what a request with these settings makes."""
-        return row.serves(self.policy, self.applied) or not (self.edits or row.unedited)
+        """Whether a row is what a request with these settings makes, or one that they leave alone."""
+        return row.serves(self.policy, self.applied) or not (row.unedited or self.policy.touches(row.branch))
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,12 @@ class Session:
         """The pipeline that is called; None once it is gone."""
         return self._pipe()
 
+    def rank(self, row: KnownRow) -> int:
+        """How well a row fits this request, among rows of the same values that were made for different purposes."""
+        if self.settings.serves(row):
+            return 2
+        return int(row.maker is not None and row.maker() is self.patch)
+
     def unmitigated(self, reason: str) -> None:
         """Rows go through unedited: raise, warn or pass, as `on_unknown` says; a reason is given once.
 
@@ -264,8 +270,11 @@ class Session:
     @property
     def counts(self) -> Counts:
         """What it has come to by now."""
+        if self._refused:
+            # What reached the UNet before that makes no image.
+            return Counts(refused=self._refused)
         found = Counter(outcome for outcome, _ in self._outcomes.values())
-        return Counts(found["protected"], found["exempt"], found["unedited"], self._refused)
+        return Counts(found["protected"], found["exempt"], found["unedited"])
 
     def close(self) -> None:
         """The request is over: what it kept is given back; what it came to is told by `status`."""

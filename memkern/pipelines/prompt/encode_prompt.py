@@ -150,7 +150,7 @@ def edit_rows(
                 ]
             )
         except ValueError as conflict:
-            reason = f"its text encoders read it as tokens of different roles: {conflict}"
+            reason = f"its tokenizers split it differently, so that a key is of different roles: {conflict}"
     if reason is not None:
         session.unmitigated(reason)
         return embeds, [_unedited(session, row.branch, row.roles) for row in rows]
@@ -247,7 +247,7 @@ def _recalled(session: Session, branch: Branch, given: torch.Tensor, repeated: t
     """
     policy, stage = session.settings.policy, session.settings.applied
     images = max(1, repeated.shape[0] // max(1, given.shape[0]))
-    known = LEDGER.recall(given, prefer=lambda row: row.serves(policy, stage) and row.branch == branch)
+    known = LEDGER.recall(given, rank=lambda row: 2 * (row.serves(policy, stage) and row.branch == branch) + session.rank(row))
     if all(row is not None and row.serves(policy, stage) and row.branch == branch for row in known):
         return [replace(row) for row in known if row is not None for _ in range(images)]
     untouched = (torch.full(given.shape[1:2], int(Role.PROMPT), dtype=torch.uint8, device="cpu"),)
@@ -274,4 +274,7 @@ def _let_through(session: Session, arguments: dict[str, Any], outputs: Any) -> N
     for branch, embeds in layout.split(session.pipe, outputs, "uncond" in used).items():
         if isinstance(embeds, torch.Tensor) and embeds.dim() == 3:
             roles = (torch.full(embeds.shape[1:2], int(Role.PROMPT), dtype=torch.uint8, device="cpu"),)
-            note(session, embeds, branch, [_unedited(session, branch, roles) for _ in range(len(embeds))])
+            row = _unedited(session, branch, roles)
+            if not session.settings.policy.touches(branch):
+                row = replace(row, unedited=False)
+            note(session, embeds, branch, [replace(row) for _ in range(len(embeds))], vouch=False)

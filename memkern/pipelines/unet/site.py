@@ -258,7 +258,7 @@ class Site:
         if known.rows is None:
             if call.direct:
                 session.reasons.clear()
-            known.recognise(context, session)
+            known.recognise(context, session, direct=call.direct)
             assert known.rows is not None
             try:
                 judge(session, known.rows, direct=call.direct)
