@@ -156,6 +156,7 @@ def test_g4_a_context_of_inference_mode_written_to_by_a_callback(sd1, plain, on_
     unedited = torch.cat(encode(plain)[::-1])
     memkern.patch(sd1, POLICY, on_unknown=on_unknown)
     told(on_unknown, lambda: with_callback(sd1, PutIn(unedited, in_place=True)))
+    assert bool(counts(sd1)[2]) == (on_unknown != "raise")
 
 
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
@@ -167,6 +168,7 @@ def test_g4_unedited_embeddings_of_sdxl(tokenizers, on_unknown):
     callback = PutIn(torch.cat([uncond, cond]))
     inputs = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     told(on_unknown, lambda: ours(PROMPT, steps=3, **inputs))
+    assert bool(counts(ours.pipe)[2]) == (on_unknown != "raise")
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["parts kept", "parts dropped"])

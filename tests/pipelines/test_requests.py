@@ -10,6 +10,7 @@ import torch
 from field import PROMPT, request_copy
 from fleet import (
     DEFAULT,
+    PROMPTS,
     RUNS,
     WAYS,
     WORKERS,
@@ -49,7 +50,9 @@ def everywhere(test):
 
 @everywhere
 def test_many_requests_on_one_pipeline(kinds, name, run, way, stage):
-    assert_served(kinds[name], RUNS[run], way, draw(16, stage, f"{name} {run} {way} {stage}"))
+    assert_served(
+        kinds[name], RUNS[run], way, draw(8, stage, f"{name} {run} {way} {stage}", prompts=PROMPTS[:2], seeds=(0,))
+    )
 
 
 @pytest.mark.slow
@@ -62,10 +65,10 @@ def test_512_requests_on_one_pipeline(kinds, name, run, way, stage):
 @pytest.mark.parametrize("stage", ["embeds", "kv"])
 def test_pipelines_by_from_pipe_beside_a_patched_one(kinds, stage, run):
     """Each patched in its thread, while the pipeline they were made from serves its own requests by copies."""
-    kind, requests = kinds["SD"], draw(16, stage, f"mixed {run}")
+    kind, requests = kinds["SD"], draw(16, stage, f"mixed {run}", prompts=PROMPTS[:2], seeds=(0,))
     for request in requests:
         kind.alone(request)
-    pipe = kind.make()
+    pipe = kind.used()
     before = parts(pipe)
     memkern.patch(pipe, DEFAULT)
     ways = dict(zip(map(id, requests), WAYS * 8, strict=True))
@@ -117,7 +120,7 @@ def test_update_while_requests_run(kinds, stage):
 def test_patched_blocks_that_overlap_on_an_unpatched_pipeline(kinds, stage):
     """The patch is taken out when the last block has ended, whichever was first; each request has its own policy."""
     kind = kinds["SD"]
-    pipe = kind.make()
+    pipe = kind.used()
     before = parts(pipe)
     barrier = threading.Barrier(4)
     policies = ["zero-pad:0.7", "none", "ren:1.25", "zero-eot-pad"]
@@ -147,10 +150,10 @@ def test_patched_blocks_that_overlap_on_an_unpatched_pipeline(kinds, stage):
 @pytest.mark.parametrize("run", RUNS)
 def test_exceptions_in_some_requests_are_no_matter_to_others(kinds, run):
     """Those that fail, in a callback or by raw embeddings, are refused or raise; the rest is as ever."""
-    kind, requests = kinds["SD"], draw(24, "embeds", "exceptions")
+    kind, requests = kinds["SD"], draw(24, "embeds", "exceptions", prompts=PROMPTS[:2], seeds=(0,))
     for request in requests:
         kind.alone(request)
-    pipe = kind.make()
+    pipe = kind.used()
     raw = torch.zeros(1, 77, 32)
     before = parts(pipe)
     memkern.patch(pipe, DEFAULT)
