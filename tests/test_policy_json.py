@@ -89,7 +89,7 @@ def test_fields_with_their_default_may_be_written():
 def test_the_example_of_the_site():
     page = (Path(__file__).parents[1] / "docs/how-to/policies.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    edits = [Edit("pad", exclude(), layers=("mid", "64x64"), steps=(0, 0.4)), Edit("sot", logit_scale(1.25))]
+    edits = [Edit("pad", exclude(), layers=("mid", "up"), steps=(0, 0.4)), Edit("sot", logit_scale(1.25))]
     assert Policy.from_json(example) == Policy(edits)
 
 

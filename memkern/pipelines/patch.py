@@ -229,13 +229,17 @@ class Patch:
 
     @contextmanager
     def request(self, pipe: Any) -> Iterator[Session]:
-        """A call of the pipeline: it keeps what is in force now until its end."""
+        """A call of the pipeline: it keeps what is in force now until its end, whoever unpatches meanwhile."""
         session = Session(self.in_force, pipe, self)
+        sites = self._sites
+        self.hold(session.settings, needs=session)
         try:
             with entered(session):
                 self._follow(session)
                 yield session
         finally:
+            for site in sites:
+                site.release(self, needs=session)
             self._finish(session)
 
     def _follow(self, session: Session) -> None:
@@ -341,7 +345,7 @@ class Patch:
     def maker_among(holders: list[Patch], context: torch.Tensor) -> Patch | None:
         """Which of several patches made the rows of a context `[B, L, D]`; None if none did."""
         made = [row.maker() for row in LEDGER.recall(context) if row is not None and row.maker is not None]
-        return next((maker for maker in made if any(maker is holder for holder in holders)), None)
+        return next((holder for maker in made for holder in holders if holder.family is maker), None)
 
 
 @contextmanager

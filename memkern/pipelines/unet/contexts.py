@@ -46,7 +46,8 @@ class Context:
             direct: whether each row goes by its own policy, and not by the session's.
         """
         self.rows = LEDGER.recall(tensor, session.rows, session.rank)
-        own = self.rows if direct else [row if row and session.settings.serves(row) else None for row in self.rows]
+        policy = session.settings.policy
+        own = self.rows if direct else [row if row and row.policy == policy else None for row in self.rows]
         self.edits = RowEdits(self.rows, tuple(own))
 
     def attend(

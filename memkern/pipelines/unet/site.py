@@ -114,7 +114,7 @@ class Site:
 
     def __init__(self, module: Any, prefix: str) -> None:
         self.prefix, self.number = prefix, next(_NUMBERS)
-        self.holders, self._computed, self._edited = Holders(), Holders(), Holders()
+        self.holders, self._requests, self._computed, self._edited = Holders(), Holders(), Holders(), Holders()
         self.is_placed = self.edits_kv = False
         self._module = weakref.ref(module)
         self._placed: list[tuple[Any, CrossAttentionProcessor, Any]] = []
@@ -137,21 +137,24 @@ class Site:
         with LOCK:
             self.holders.add(holder)
             who = holder if needs is None else needs
+            if needs is not None:
+                self._requests.add(needs)
             for wanted, users in ((processors, self._computed), (kv, self._edited)):
                 (users.add if wanted else users.drop)(who)
-            self._settle()
+            # What a tool has put in place of ours since stays, until the pipeline is patched again.
+            self._settle(afresh=needs is None)
 
     def release(self, holder: Any, *, needs: Any = None) -> None:
         """Take out what nobody else needs; with `needs`, only what that needed."""
         with LOCK:
-            for users in (self._computed, self._edited):
+            for users in (self._computed, self._edited, self._requests):
                 users.drop(holder if needs is None else needs)
             if needs is None:
                 self.holders.drop(holder)
             self._settle()
 
-    def _settle(self) -> None:
-        module, held = self._module(), bool(self.holders)
+    def _settle(self, *, afresh: bool = False) -> None:
+        module, held = self._module(), bool(self.holders) or bool(self._requests)
         if module is None:
             return
         if held and not self._handles:
@@ -161,7 +164,8 @@ class Site:
                 module.register_forward_hook(EndHook(self)),
             ]
         if self._computed:
-            self._place(module)
+            if afresh or not self.is_placed:
+                self._place(module)
         else:
             self._take_out(module)
         self.is_placed, self.edits_kv = bool(self._computed), bool(self._edited)
@@ -219,7 +223,7 @@ class Site:
     def _whose(self, context: Any = None) -> tuple[Session, bool] | None:
         """Whose call it is, and whether it is one outside any call of a pipeline; None if of no patched pipeline's."""
         session = current()
-        if session is not None and session.patch in self.holders:
+        if session is not None and (session in self._requests or session.patch in self.holders):
             return session, False
         holders = self.holders.all()
         if not holders:
@@ -292,7 +296,7 @@ class Site:
                 names = list(missed)
                 more = f" and {len(names) - 1} more" if names[1:] else ""
                 call.session.unreached.update(missed)
-                if not known.is_counted and not self.prefix:
+                if not self.prefix:
                     count(call.session, known.rows, shortfall=True)
                 call.session.unmitigated(
                     f"keys and values of {len(names)} cross-attention layers were not edited: {names[0]}{more}: "
@@ -300,9 +304,11 @@ class Site:
                 )
             absent = sorted(known.edits.sizes(call.place) - call.sizes) if not self.prefix else []
             if absent:
+                count(call.session, known.rows, shortfall=True)
+                call.session.unreached.update({f"size {size}": "no layer of the call has it" for size in absent})
                 call.session.unmitigated(f"no cross-attention layer of this call has the size {', '.join(absent)}")
             if not known.is_counted and not self.prefix:
-                count(call.session, known.rows, shortfall=bool(missed))
+                count(call.session, known.rows)
         finally:
             known.is_counted = True
             call.settle()
