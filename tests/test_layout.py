@@ -16,30 +16,34 @@ ROOT = Path(__file__).parents[1] / "memkern"
 PACKAGE = "memkern"
 
 ORDER = """
-version errors
+version errors documents
 roles
 actions
 policy
 presets
-windows scope
+scope
 plan
 seen
 ledger
 coalesce
 ops
 embeddings
-testing
+pipelines.holders
 pipelines.family
 pipelines.attention
 pipelines.session
 pipelines.prompt
 pipelines.unet
-pipelines.patch
 pipelines.status
-pipelines.support
+pipelines.attached
+pipelines.patch
+pipelines.requests
+pipelines.instance
 pipelines.patching
+pipelines.support
 pipelines.probe
 pipelines
+testing
 info
 .
 demo

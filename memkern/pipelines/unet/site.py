@@ -17,9 +17,8 @@ from ..session import Session, current
 from .contexts import Context, Contexts
 from .keeping import why_not_kept
 from .kv_stage import Active
-from .layers import cross_attention_layers, former_of, is_plain
 from .look import WATCHED, count, judge
-from .processor import CrossAttentionProcessor
+from .placement import Processors, missed_layers
 from .schedule import Place, argument, position, sample_size
 
 _NUMBERS = itertools.count()
@@ -117,7 +116,7 @@ class Site:
         self.holders, self._requests, self._computed, self._edited = Holders(), Holders(), Holders(), Holders()
         self.is_placed = self.edits_kv = False
         self._module = weakref.ref(module)
-        self._placed: list[tuple[Any, CrossAttentionProcessor, Any]] = []
+        self.processors = Processors()
         self._handles: list[Any] = []
 
     @staticmethod
@@ -165,32 +164,15 @@ class Site:
             ]
         if self._computed:
             if afresh or not self.is_placed:
-                self._place(module)
+                self.processors.place(module, self, self.prefix)
         else:
-            self._take_out(module)
+            self.processors.take_out(module, self)
         self.is_placed, self.edits_kv = bool(self._computed), bool(self._edited)
         if not held:
             WATCHED.pop(self.number, None)
             for handle in self._handles:
                 handle.remove()
             self._handles = []
-
-    def _place(self, module: Any) -> None:
-        for name, attn in cross_attention_layers(module):
-            processor = attn.processor
-            if not is_plain(attn) or (type(processor) is CrossAttentionProcessor and processor.site is self):
-                continue
-            former = former_of(processor)
-            ours = CrossAttentionProcessor(former, self, self.prefix + name)
-            attn.set_processor(ours)
-            self._placed = [kept for kept in self._placed if kept[0] is not attn] + [(attn, ours, former)]
-
-    def _take_out(self, module: Any) -> None:
-        """Put back the very processors that were there, where ours still is."""
-        for _, attn in cross_attention_layers(module):
-            if type(attn.processor) is CrossAttentionProcessor and attn.processor.site in (self, None):
-                attn.set_processor(former_of(attn.processor))
-        self._placed = []
 
     @property
     def call(self) -> Call | None:
@@ -202,23 +184,6 @@ class Site:
     def module(self) -> Any:
         """The UNet or ControlNet; None once it is gone."""
         return self._module()
-
-    @property
-    def count(self) -> int:
-        """How many of the processors that were put in are still in place."""
-        return sum(attn.processor is processor for attn, processor, _ in self._placed)
-
-    @property
-    def exchanged(self) -> list[str]:
-        """The layers whose processors were replaced since."""
-        return [processor.name for attn, processor, _ in self._placed if attn.processor is not processor]
-
-    @property
-    def foreign(self) -> list[str]:
-        """The classes of processors that stayed, since they compute more than attention."""
-        module = self._module()
-        layers = [] if module is None else cross_attention_layers(module)
-        return [type(former_of(attn.processor)).__name__ for _, attn in layers if not is_plain(attn)]
 
     def _whose(self, context: Any = None) -> tuple[Session, bool] | None:
         """Whose call it is, and whether it is one outside any call of a pipeline; None if of no patched pipeline's."""
@@ -290,7 +255,7 @@ class Site:
         known, module = call.known, self._module()
         if known is None or module is None or not known.edits or known.rows is None or not self._computes(call):
             return
-        missed = self._missed(call, module)
+        missed = missed_layers(module, self.prefix, known.edits, call.place, call.reached, call.causes)
         try:
             if missed:
                 names = list(missed)
@@ -316,22 +281,6 @@ class Site:
     def _computes(self, call: Call) -> bool:
         """Whether layers are computed here for a call: those of a ControlNet may be left alone."""
         return not self.prefix or call.session.settings.controlnet
-
-    def _missed(self, call: Call, module: Any) -> dict[str, str]:
-        """The layers that were to be edited in this call and were not, each with the cause."""
-        edits = None if call.known is None else call.known.edits
-        missed: dict[str, str] = {}
-        for name, attn in cross_attention_layers(module):
-            name = self.prefix + name
-            if name in call.reached or edits is None or not edits.wanted(name, call.place):
-                continue
-            cause = call.causes.get(name)
-            if cause is None and type(attn.processor) is not CrossAttentionProcessor:
-                cause = f"its processor was replaced by {type(attn.processor).__name__} since it was patched"
-            elif cause is None and "forward" in vars(attn):
-                cause = "its forward was replaced"
-            missed[name] = cause or "its processor was not called"
-        return missed
 
     def attend(
         self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
