@@ -26,9 +26,7 @@ from ..scope import check_layers
 from .attached import Attached
 from .family import outputs, refusals
 from .family.encoders import POOLED_ONLY, slots
-from .prompt import encoding
-from .prompt.encode_prompt import edit_rows, note
-from .prompt.encoding import Encoding
+from .prompt.direct import directly
 from .session import Owner, Session, Settings, Tally, binding, bound, current
 from .status import Status
 from .unet.layers import kv_refusals, layers_of, roots
@@ -210,22 +208,8 @@ class Patch:
         """
         if branch not in BRANCHES:
             raise ValueError(f"branch: expected one of {', '.join(BRANCHES)}, got {branch!r}")
-        session = Session(self.in_force, self.pipe, self)
-        policy = session.settings.policy
-        seen = Encoding(self.pipe, self.slots, policy, policy.reembed_pads)
-        with encoding.entered(seen):
-
-            def edited(embeds: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-                windows = embeds.shape[1] // self.context_length
-                if input_ids is None:
-                    calls = [seen.last(slot, windows) for slot in self.slots]
-                else:
-                    calls = [seen.given(slot, input_ids, windows) for slot in self.slots]
-                made, rows = edit_rows(session, embeds, calls, branch)
-                note(session, made, branch, rows)
-                self.last = session
-                return made
-
+        self.last = session = Session(self.in_force, self.pipe, self)
+        with directly(session, branch) as edited:
             yield edited
 
     def called_outside(self) -> None:

@@ -5,55 +5,20 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ...scope import layer_size
 from ..holders import LOCK, Holders, hook_on, inert, inert_reduced
 from ..session import Session, current
+from .call import CALL, Call
 from .contexts import Context, Contexts
 from .keeping import why_not_kept
-from .kv_stage import Active
 from .look import WATCHED, count, judge
 from .placement import Processors, missed_layers
 from .schedule import Place, argument, position, sample_size
 
 _NUMBERS = itertools.count()
-
-
-@dataclass
-class Call:
-    """One call of a UNet.
-
-    Attributes:
-        site: whose.
-        session: for whom.
-        known: the context it was given.
-        place: where in the schedule it is.
-        reached: the layers whose keys and values were looked at for edits.
-        sizes: resolutions that were met by an edit's scope.
-        causes: why a layer was not reached, where it is known.
-    """
-
-    site: Site
-    session: Session
-    direct: bool
-    known: Context | None = None
-    place: Place = field(default_factory=Place)
-    reached: set[str] = field(default_factory=set)
-    sizes: set[str] = field(default_factory=set)
-    causes: dict[str, str] = field(default_factory=dict)
-
-    def settle(self) -> None:
-        """Count at once what belongs to no call of a pipeline."""
-        if self.direct:
-            self.session.patch.tally.add(self.session.settle())
-
-
-_CALL: ContextVar[Call | None] = ContextVar("memkern_unet_call", default=None)
 
 
 class LookHook:
@@ -106,6 +71,7 @@ class Site:
     Attributes:
         prefix: of its layers' names; empty for a UNet.
         holders: the patches whose pipelines read with it.
+        requests: the calls of theirs that are under way.
         is_placed: whether memkern's processors are in force.
         edits_kv: whether any pipeline that shares it may edit keys and values.
         number: what a compiled graph finds it by.
@@ -113,7 +79,7 @@ class Site:
 
     def __init__(self, module: Any, prefix: str) -> None:
         self.prefix, self.number = prefix, next(_NUMBERS)
-        self.holders, self._requests, self._computed, self._edited = Holders(), Holders(), Holders(), Holders()
+        self.holders, self.requests, self._computed, self._edited = Holders(), Holders(), Holders(), Holders()
         self.is_placed = self.edits_kv = False
         self._module = weakref.ref(module)
         self.processors = Processors()
@@ -137,7 +103,7 @@ class Site:
             self.holders.add(holder)
             who = holder if needs is None else needs
             if needs is not None:
-                self._requests.add(needs)
+                self.requests.add(needs)
             for wanted, users in ((processors, self._computed), (kv, self._edited)):
                 (users.add if wanted else users.drop)(who)
             # What a tool has put in place of ours since stays, until the pipeline is patched again.
@@ -146,14 +112,14 @@ class Site:
     def release(self, holder: Any, *, needs: Any = None) -> None:
         """Take out what nobody else needs; with `needs`, only what that needed."""
         with LOCK:
-            for users in (self._computed, self._edited, self._requests):
+            for users in (self._computed, self._edited, self.requests):
                 users.drop(holder if needs is None else needs)
             if needs is None:
                 self.holders.drop(holder)
             self._settle()
 
     def _settle(self, *, afresh: bool = False) -> None:
-        module, held = self._module(), bool(self.holders) or bool(self._requests)
+        module, held = self._module(), bool(self.holders) or bool(self.requests)
         if module is None:
             return
         if held and not self._handles:
@@ -177,7 +143,7 @@ class Site:
     @property
     def call(self) -> Call | None:
         """The call that this context is in, if it is one of this site's."""
-        call = _CALL.get()
+        call = CALL.get()
         return call if call is not None and call.site is self else None
 
     @property
@@ -185,29 +151,16 @@ class Site:
         """The UNet or ControlNet; None once it is gone."""
         return self._module()
 
-    def _whose(self, context: Any = None) -> tuple[Session, bool] | None:
-        """Whose call it is, and whether it is one outside any call of a pipeline; None if of no patched pipeline's."""
-        session = current()
-        if session is not None and (session in self._requests or session.patch in self.holders):
-            return session, False
-        holders = self.holders.all()
-        if not holders:
-            return None
-        holder = next((one for one in holders if one.in_force.edits), holders[0])
-        if len(holders) > 1 and isinstance(context, torch.Tensor) and context.dim() == 3:
-            holder = holder.maker_among(holders, context) or holder
-        return holder.direct(), True
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The UNet is called: a context that it was not given before is looked at."""
         context = argument("encoder_hidden_states", 2, args, kwargs)
-        whose = self._whose(context)
+        whose = _whose(self, context)
         if whose is None:
-            _CALL.set(None)
+            CALL.set(None)
             return
         call = Call(self, *whose)
-        _CALL.set(call)
+        CALL.set(call)
         if isinstance(context, torch.Tensor) and context.dim() == 3:
             call.known = self._known(call, context)
             sample = sample_size(args, kwargs)
@@ -251,7 +204,7 @@ class Site:
         call = self.call
         if call is None:
             return
-        _CALL.set(None)
+        CALL.set(None)
         known, module = call.known, self._module()
         if known is None or module is None or not known.edits or known.rows is None or not self._computes(call):
             return
@@ -289,7 +242,7 @@ class Site:
         call = self.call
         if call is None:
             # A layer that is called by itself.
-            whose = self._whose(context)
+            whose = _whose(self, context)
             if whose is None:
                 return None
             call = Call(self, *whose)
@@ -299,19 +252,9 @@ class Site:
         if known is None or not known.seen.is_here(context):
             edited = known.edits if known is not None else session.settings.applied == "kv"
             known = self._known(call, context) if edited else session.kept.setdefault(self, Contexts()).of(context)
-        active: Active = ()
-        if known.edits:
-            active = known.edits.active(name, x.shape[1], call.place)
-            if mask is not None:
-                call.causes[name] = "it was called with an attention mask, beside which nothing is edited"
-                if any(active):
-                    session.unmitigated(f"{name} {call.causes[name].removeprefix('it ')}")
-                return None
-            call.reached.add(name)
-            size = layer_size(x.shape[1], call.place.sample)
-            if size is not None:
-                call.sizes |= {f"{size[0]}x{size[1]}", *([str(size[0])] if size[0] == size[1] else [])}
-            active = active if any(active) else ()
+        active = call.active(name, x, known, mask)
+        if active is None:
+            return None
         reason = "accelerate=False" if not session.settings.accelerate else why_not_kept(x, context, mask)
         if reason is not None:
             session.left_alone[reason] = None
@@ -331,7 +274,7 @@ def _watcher(site: Site) -> Callable[[torch.Tensor], None]:
 
     def watch(context: torch.Tensor) -> None:
         found = reference()
-        whose = None if found is None else found._whose(context)
+        whose = None if found is None else _whose(found, context)
         if found is None or whose is None or context.dim() != 3:
             return
         call = Call(found, *whose)
@@ -343,3 +286,17 @@ def _watcher(site: Site) -> Callable[[torch.Tensor], None]:
             )
 
     return watch
+
+
+def _whose(site: Site, context: Any = None) -> tuple[Session, bool] | None:
+    """Whose call it is, and whether it is one outside any call of a pipeline; None if of no patched pipeline's."""
+    session = current()
+    if session is not None and (session in site.requests or session.patch in site.holders):
+        return session, False
+    holders = site.holders.all()
+    if not holders:
+        return None
+    holder = next((one for one in holders if one.in_force.edits), holders[0])
+    if len(holders) > 1 and isinstance(context, torch.Tensor) and context.dim() == 3:
+        holder = holder.maker_among(holders, context) or holder
+    return holder.direct(), True
