@@ -38,6 +38,11 @@ class Call:
     sizes: set[str] = field(default_factory=set)
     causes: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def computes(self) -> bool:
+        """Whether layers are computed for it: those of a ControlNet may be left alone."""
+        return not self.site.prefix or self.session.settings.controlnet
+
     def settle(self) -> None:
         """Count at once what belongs to no call of a pipeline."""
         if self.direct:

@@ -206,7 +206,7 @@ class Site:
             return
         CALL.set(None)
         known, module = call.known, self._module()
-        if known is None or module is None or not known.edits or known.rows is None or not self._computes(call):
+        if known is None or module is None or not known.edits or known.rows is None or not call.computes:
             return
         missed = missed_layers(module, self.prefix, known.edits, call.place, call.reached, call.causes)
         try:
@@ -231,10 +231,6 @@ class Site:
             known.is_counted = True
             call.settle()
 
-    def _computes(self, call: Call) -> bool:
-        """Whether layers are computed here for a call: those of a ControlNet may be left alone."""
-        return not self.prefix or call.session.settings.controlnet
-
     def attend(
         self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
@@ -246,7 +242,7 @@ class Site:
             if whose is None:
                 return None
             call = Call(self, *whose)
-        if not self._computes(call):
+        if not call.computes:
             return None
         known, session = call.known, call.session
         if known is None or not known.seen.is_here(context):
