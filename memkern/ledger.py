@@ -24,6 +24,12 @@ Stage = Literal["embeds", "kv"]
 LIMIT = 4096
 """Rows of how many different values are remembered beyond the life of their tensors."""
 
+TOLD = 8
+"""Above what any caller ranks a row."""
+
+ENCODINGS = 8
+"""Of how many encodings equal rows are told apart."""
+
 UNRESOLVED = 64
 """How many batches may wait on their device until someone asks for a row."""
 
@@ -42,7 +48,8 @@ class KnownRow:
         reembedded: `[L, D]`, the same prompt encoded with "!" for its pads, where the policy reads that.
         window: tokens in a window.
         unedited: whether the policy should have edited it and could not.
-        maker: the `Patch` that made it, weakly, where one did.
+        maker: the pipeline's family that made it, weakly, where one did.
+        call: counts the encodings of a process; rows of one prompt and its negative have the same.
     """
 
     policy: Policy
@@ -55,6 +62,12 @@ class KnownRow:
     window: int = CONTEXT_LENGTH
     unedited: bool = False
     maker: weakref.ref[Any] | None = field(default=None, repr=False)
+    call: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its values are any encoder's, and tell nothing of an edit."""
+        return self.stage == "kv" or not self.policy.touches(self.branch)
 
     def serves(self, policy: Policy, stage: Stage) -> bool:
         """Whether it is what a pipeline with this in force makes; rows that are edited already serve at both stages."""
@@ -86,14 +99,14 @@ class RowTable:
         self._limit = limit
 
     def add(self, keys: Iterable[Hashable], rows: Sequence[KnownRow]) -> None:
-        """Note the rows of one batch; equal ones of an earlier batch made for the same purpose go."""
+        """Note the rows of one batch, as well as those of the same values from the last few encodings."""
         found: dict[Hashable, list[KnownRow]] = {}
         for key, row in zip(keys, rows, strict=True):
             found.setdefault(key, []).append(row)
         for key, new in found.items():
-            purposes = {(row.policy, row.branch, row.stage) for row in new}
-            old = self._rows.pop(key, ())
-            self._rows[key] = [row for row in old if (row.policy, row.branch, row.stage) not in purposes] + new
+            all_rows = [*self._rows.pop(key, ()), *new]
+            calls = sorted({row.call for row in all_rows})[-ENCODINGS:]
+            self._rows[key] = [row for row in all_rows if row.call in calls]
         while self._limit is not None and len(self._rows) > self._limit:
             self._rows.popitem(last=False)
 
@@ -132,7 +145,7 @@ class Ledger:
                 self._resolve()
 
     def recall(
-        self, tensor: torch.Tensor, first: RowTable | None = None, prefer: Callable[[KnownRow], bool] = bool
+        self, tensor: torch.Tensor, first: RowTable | None = None, rank: Callable[[KnownRow], int] = bool
     ) -> KnownRows:
         """What the rows of `tensor` `[B, L, D]` are: by identity, else by value, which takes a device sync.
 
@@ -140,32 +153,51 @@ class Ledger:
 
         Args:
             first: rows that are looked at before the process's own.
-            prefer: which of those that were made for different purposes are taken.
+            rank: of those that were made for different purposes, the ones of the highest are taken; below 0, none.
         """
         same = self.recall_same(tensor)
         if same is not None:
             return same
         if tensor.dim() != 3 or tensor.device.type == "meta":
             return (None,) * len(tensor)
-        return self._find(row_keys(tensor), first, prefer)
+        return self._find(row_keys(tensor), first, rank)
 
     def recall_same(self, tensor: torch.Tensor) -> tuple[KnownRow, ...] | None:
         """What the rows of this very tensor are; None if it was not remembered, or was written to since."""
         entry = self._tensors.get(Seen.key(tensor))
         return entry[1] if entry is not None and entry[0].is_still(tensor) else None
 
-    def _find(self, keys: Iterable[Hashable], first: RowTable | None, prefer: Callable[[KnownRow], bool]) -> KnownRows:
-        used: Counter[tuple[Hashable, int | None]] = Counter()
-        found: list[KnownRow | None] = []
+    def _find(self, keys: Iterable[Hashable], first: RowTable | None, rank: Callable[[KnownRow], int]) -> KnownRows:
         with self._lock:
             self._resolve()
-            for key in keys:
-                same = (first.get(key) if first is not None else ()) or self._table.get(key)
-                places = [place for place, row in enumerate(same) if prefer(row)] or [*range(len(same))]
-                place = min(places, key=lambda place: used[key, place], default=None)
-                used[key, place] += 1
-                found.append(None if place is None else same[place])
+            keys = list(keys)
+            candidates = [self._candidates(key, first, rank) for key in keys]
+        # A prompt and its negative come from one encoding: where values were made by several, what the other rows of
+        # the batch are decides, and else the last one.
+        calls = [{row.call for row in rows} for rows in candidates]
+        certain = {call for found in calls if len(found) == 1 for call in found}
+        used: Counter[tuple[Hashable, int]] = Counter()
+        found: list[KnownRow | None] = []
+        for key, rows, own in zip(keys, candidates, calls, strict=True):
+            call = max(own & certain or own, default=0)
+            places = [place for place, row in enumerate(rows) if row.call == call]
+            if not places:
+                found.append(None)
+                continue
+            place = min(places, key=lambda place: used[key, place])
+            used[key, place] += 1
+            found.append(rows[place])
         return tuple(found)
+
+    def _candidates(self, key: Hashable, first: RowTable | None, rank: Callable[[KnownRow], int]) -> Sequence[KnownRow]:
+        """The rows of these values that fit the caller best."""
+        own = () if first is None else first.get(key)
+        # What a request let through unedited stays so, whoever else made these values.
+        ranked = [(TOLD if row.unedited else max(0, rank(row)), row) for row in own]
+        known = {id(row) for row in own}
+        ranked += [(rank(row), row) for row in self._table.get(key) if id(row) not in known]
+        best = max((number for number, _ in ranked), default=-1)
+        return [row for number, row in ranked if number == best and number >= 0]
 
     def _resolve(self) -> None:
         while self._unresolved:

@@ -31,7 +31,7 @@ class SiteHolder:
     """
 
     def __init__(self, module: Any) -> None:
-        self.in_force, self.tally = Settings(Policy()), Tally()
+        self.in_force, self.tally, self.family = Settings(Policy()), Tally(), self
         self.session = Session(self.in_force, self, self)  # type: ignore[arg-type]
         self.site = Site.of(module)
         self.site.hold(self, processors=True)

@@ -10,6 +10,8 @@ from vocabulary import clip_vocabulary
 
 from memkern.testing import clip_tokenizer, tiny_pipeline
 
+pytest.register_assert_rewrite("field", "fleet")
+
 # Threads of a process that shares its cores spin; the tensors here are small.
 torch.set_num_threads(1)
 

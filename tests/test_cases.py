@@ -13,16 +13,21 @@ CASES = {
     "d": (1, 2, 3, 4, 6, 8, 9, 10, 11, 13, 15, 17, 18, 19),
     "e": (1, 3, 4),
     "f": (1, 2, 3, 6),
+    "g": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17, 18, 22, 24, 25, 26, 27, 28, 31, 33),
 }
+LATER = {"g13", "g14", "g15", "g19", "g20", "g21", "g23", "g29", "g30", "g34", "g35"}
+"""Known and not yet dealt with: whoever does moves the id up."""
 
 
 def test_every_case_is_tested_or_explained():
     names = [
         name for path in TESTS.rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))
     ]
-    tested = {found for name in names for found in re.findall(r"(?<=_)([a-f]\d+)(?=_)", name)}
-    listed = re.findall(r"^\| ([A-F]\d+) \|", (TESTS / "cases_not_applicable.md").read_text("utf-8"), re.MULTILINE)
+    tested = {found for name in names for found in re.findall(r"(?<=_)([a-g]\d+)(?=_)", name)}
+    listed = re.findall(r"^\| ([A-G]\d+) \|", (TESTS / "cases_not_applicable.md").read_text("utf-8"), re.MULTILINE)
     explained = {name.lower() for name in listed}
     known = {f"{letter}{number}" for letter, numbers in CASES.items() for number in numbers}
     assert known - tested - explained == set()
+    assert known & LATER == set(), "a case that is dealt with is not one for later"
+    assert tested & LATER == set(), "a case that is tested belongs among the known"
     assert tested & explained == set(), "a case that is tested needs no excuse"

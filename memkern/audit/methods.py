@@ -4,69 +4,30 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
-from ..pipelines import patched
-from ..pipelines.unet.schedule import position
+from .. import patched
 from ..policy import Policy
+from .additions import random_numbers, random_tokens
+from .wen import optimized
 
 UNMITIGATED = "none"
 
-
-def generate(pipe: Any, text: str, generator: torch.Generator, options: dict[str, Any]) -> Any:
-    """The pipeline's picture, as it makes it."""
-    return pipe(text, generator=generator, **options).images[0]
+Inputs = Callable[[Any, Sequence[str], Sequence[torch.Generator], dict[str, Any]], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Method:
-    """One column of an audit.
-
-    Attributes:
-        name: as it was asked for.
-        prompt: changes the prompt's text before the tokenizer sees it, by the prompt's id.
-        installed: puts it into a pipeline for the length of a `with` block.
-        generate: makes a picture from a text, a generator for the initial noise, and options of the pipeline.
-    """
-
-    name: str
-    prompt: Callable[[str, str], str]
-    installed: Callable[[Any], Any]
-    generate: Callable[[Any, str, torch.Generator, dict[str, Any]], Any] = generate
-
-    @property
-    def folder(self) -> str:
-        """The name as that of a folder."""
-        return re.sub(r"[^\w.,=-]", "_", self.name)
+def _texts(
+    pipe: Any, texts: Sequence[str], generators: Sequence[torch.Generator], options: dict[str, Any]
+) -> dict[str, Any]:
+    return {"prompt": list(texts)}
 
 
-def method(name: str) -> Method:
-    """The method of that name: a policy's, or one of `BASELINES`.
-
-    "none" is the pipeline as it is, not patched at all.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if name == UNMITIGATED:
-        return Method(name, _same, _as_it_is)
-    kind, _, number = name.partition(":")
-    if kind in BASELINES:
-        return BASELINES[kind](name, number)
-    try:
-        policy = Policy.parse(name)
-    except ValueError as error:
-        raise ValueError(f"{error}; or one of the alternatives {', '.join(BASELINES)}") from None
-    return Method(name, _same, lambda pipe: patched(pipe, policy))
-
-
-def _same(text: str, prompt_id: str) -> str:
+def _same(text: str, seed: int, tokenizer: Any) -> str:
     return text
 
 
@@ -75,37 +36,59 @@ def _as_it_is(pipe: Any) -> Iterator[None]:
     yield
 
 
-def _random_words(name: str, number: str) -> Method:
-    """Somepalli et al., "Understanding and mitigating copying in diffusion models", 2023: random token addition."""
-    count = _number(name, number, 4, int)
-    words = (
-        "able acid apple arch baker beam birch bold brick cabin calm cargo cedar chalk civic clay coast comet copper"
-    )
-    choices = words.split()
+@dataclass(frozen=True)
+class Method:
+    """One column of an audit.
 
-    def change(text: str, prompt_id: str) -> str:
-        drawn = random.Random(f"{name}/{prompt_id}")
-        return _inserted(text, [drawn.choice(choices) for _ in range(count)], drawn)
+    Attributes:
+        name: as it was asked for.
+        prompt: changes a prompt's text before the tokenizer sees it, by the image's seed and the tokenizer.
+        installed: puts it into a pipeline for the length of a `with` block.
+        inputs: what a pipeline is called with, beside its options, for texts and a generator each.
+    """
 
-    return Method(name, change, _as_it_is)
+    name: str
+    prompt: Callable[[str, int, Any], str] = _same
+    installed: Callable[[Any], Any] = _as_it_is
+    inputs: Inputs = _texts
 
-
-def _random_numbers(name: str, number: str) -> Method:
-    """Somepalli et al. 2023: random number addition."""
-    count = _number(name, number, 4, int)
-
-    def change(text: str, prompt_id: str) -> str:
-        drawn = random.Random(f"{name}/{prompt_id}")
-        return _inserted(text, [str(drawn.randrange(10**6)) for _ in range(count)], drawn)
-
-    return Method(name, change, _as_it_is)
+    @property
+    def folder(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"[^\w.,=-]", "_", self.name)
 
 
-def _inserted(text: str, additions: list[str], drawn: random.Random) -> str:
-    parts = text.split()
-    for addition in additions:
-        parts.insert(drawn.randint(0, len(parts)), addition)
-    return " ".join(parts)
+def method(name: str) -> Method:
+    """The method of that name: a policy's, or one of `ALTERNATIVES`.
+
+    "none" is the pipeline as it is, not patched at all.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    name = name.strip()
+    if name == UNMITIGATED:
+        return Method(name)
+    kind, _, number = name.partition(":")
+    if kind in ALTERNATIVES:
+        return ALTERNATIVES[kind](name, number)
+    try:
+        policy = Policy.parse(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or one of the alternatives {', '.join(ALTERNATIVES)}") from None
+    return Method(name, installed=lambda pipe: patched(pipe, policy))
+
+
+def _random_additions(change: Callable[[str, int, Any, random.Random], str]) -> Callable[[str, str], Method]:
+    def named(name: str, number: str) -> Method:
+        count = _number(name, number, 4, int)
+
+        def prompt(text: str, seed: int, tokenizer: Any) -> str:
+            return change(text, count, tokenizer, random.Random(f"{name}/{text}/{seed}"))
+
+        return Method(name, prompt)
+
+    return named
 
 
 def _late_guidance(name: str, number: str) -> Method:
@@ -119,9 +102,9 @@ def _late_guidance(name: str, number: str) -> Method:
     @contextmanager
     def installed(pipe: Any) -> Iterator[None]:
         def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-            place = position(timestep, pipe.scheduler.timesteps)
-            if place is None or place >= start:
+            times = pipe.scheduler.timesteps
+            step = int((times == kwargs.get("timestep", args[1] if len(args) > 1 else None)).nonzero()[0])
+            if step / len(times) >= start:
                 return output
             negative, _ = output[0].chunk(2)
             return (torch.cat([negative, negative]), *output[1:])
@@ -132,49 +115,27 @@ def _late_guidance(name: str, number: str) -> Method:
         finally:
             handle.remove()
 
-    return Method(name, _same, installed)
+    return Method(name, installed=installed)
 
 
-def _optimized(name: str, number: str) -> Method:
-    """Wen et al., "Detecting, explaining, and mitigating memorization in diffusion models", ICLR 2024.
-
-    Before the first step the prompt's embedding is changed by up to ten steps of Adam (0.05) until the text-conditional
-    noise at the generation's own initial latents is below a target, 3 by default.
-    """
+def _wen(name: str, number: str) -> Method:
+    """See `optimized`; the target is 3 by default."""
     target = _number(name, number, 3.0, float)
 
-    def optimize(pipe: Any, text: str, generator: torch.Generator, options: dict[str, Any]) -> Any:
-        device = pipe._execution_device
-        with torch.no_grad():
-            cond, uncond = pipe.encode_prompt(text, device, 1, True)[:2]
-        size = pipe.unet.config.sample_size
-        shape = (1, pipe.unet.config.in_channels, size, size)
-        latents = randn_tensor(shape, generator=generator, device=device, dtype=cond.dtype)
-        pipe.scheduler.set_timesteps(options["num_inference_steps"], device=device)
-        first = pipe.scheduler.timesteps[0]
-        noisy = pipe.scheduler.scale_model_input(latents * pipe.scheduler.init_noise_sigma, first).repeat(2, 1, 1, 1)
-        changed = cond.detach().clone().requires_grad_()
-        adam = torch.optim.Adam([changed], lr=0.05)
-        with torch.enable_grad():
-            for _ in range(10):
-                negative, positive = pipe.unet(noisy, first, torch.cat([uncond, changed])).sample.chunk(2)
-                loss = (positive - negative).float().norm()
-                if loss.item() < target:
-                    break
-                adam.zero_grad()
-                (changed.grad,) = torch.autograd.grad(loss, [changed])
-                adam.step()
-        embeds = {"prompt_embeds": changed.detach(), "negative_prompt_embeds": uncond}
-        return pipe(None, latents=latents, **embeds, **options).images[0]
+    def inputs(
+        pipe: Any, texts: Sequence[str], generators: Sequence[torch.Generator], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        found = [optimized(pipe, text, own, options, target) for text, own in zip(texts, generators, strict=True)]
+        return {key: torch.cat([one[key] for one in found]) for key in found[0]}
 
-    return Method(name, _same, _as_it_is, optimize)
+    return Method(name, inputs=inputs)
 
 
-BASELINES: dict[str, Callable[[str, str], Method]] = {
-    "random-tokens": _random_words,
-    "random-numbers": _random_numbers,
+ALTERNATIVES: dict[str, Callable[[str, str], Method]] = {
+    "random-tokens": _random_additions(random_tokens),
+    "random-numbers": _random_additions(random_numbers),
     "late-guidance": _late_guidance,
-    "wen": _optimized,
+    "wen": _wen,
 }
 """Name → a method from its string form, "random-tokens:4"."""
 
@@ -183,6 +144,9 @@ def _number(name: str, text: str, default: Any, kind: Callable[[str], Any]) -> A
     if not text:
         return default
     try:
-        return kind(text)
+        found = kind(text)
     except ValueError:
         raise ValueError(f"{name}: expected a number after the colon, got {text!r}") from None
+    if not 0 <= found < float("inf"):
+        raise ValueError(f"{name}: expected a finite number of at least 0 after the colon, got {text!r}")
+    return found

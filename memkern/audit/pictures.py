@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,43 +43,66 @@ def is_done(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Image.Image, dict[str, Any]]:
-    """A picture, RGB, and its record: "seconds", "peak_mib", "noise_magnitude"."""
+    """An image, RGB, and its record: "text", "seconds", "peak_mib", "noise_magnitude"."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
     record: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return picture, record
 
 
-def make(pipe: Any, jobs: Iterable[Job], out: Path, options: dict[str, Any], painted: Callable[[], object]) -> None:
-    """Paint the jobs, those of one method together, in the order given.
+def make(
+    pipe: Any,
+    jobs: Iterable[Job],
+    out: Path,
+    options: dict[str, Any],
+    made: Callable[[int], object],
+    *,
+    batch: int = 1,
+    generator_device: str = "cpu",
+) -> None:
+    """Generate the jobs, those of one method together, in the order given.
+
+    Args:
+        options: of the pipeline.
+        made: called with the number of images after each batch.
+        batch: how many images are generated at once.
+        generator_device: of the generators of the initial noise, one per image.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; what was made stays.
     """
     for job_method, group in _grouped(jobs):
         with job_method.installed(pipe):
-            for job in group:
-                picture, record = paint(pipe, job, options)
-                write(job.path(out), picture, record)
-                painted()
+            for start in range(0, len(group), batch):
+                some = group[start : start + batch]
+                for job, image, record in zip(some, *generate(pipe, some, options, generator_device), strict=True):
+                    write(job.path(out), image, record)
+                made(len(some))
 
 
-def paint(pipe: Any, job: Job, options: dict[str, Any]) -> tuple[Image.Image, dict[str, Any]]:
-    """One picture and its record."""
+def generate(
+    pipe: Any, jobs: Sequence[Job], options: dict[str, Any], generator_device: str
+) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+    """The images of jobs of one method, at once, and their records."""
     on_gpu = pipe.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(pipe.device)
-    generator = torch.Generator("cpu").manual_seed(job.seed)
-    with noise_magnitude(pipe) as magnitude:
-        start = time.perf_counter()
-        text = job.method.prompt(job.prompt.text, job.prompt.id)
-        picture = job.method.generate(pipe, text, generator, options).convert("RGB")
-        seconds = time.perf_counter() - start
-    return picture, {
-        "seconds": round(seconds, 4),
+    method = jobs[0].method
+    generators = [torch.Generator(generator_device).manual_seed(job.seed) for job in jobs]
+    start = time.perf_counter()
+    texts = [method.prompt(job.prompt.text, job.seed, pipe.tokenizer) for job in jobs]
+    inputs = method.inputs(pipe, texts, generators, options)
+    with noise_magnitude(pipe, len(jobs)) as magnitudes:
+        images = pipe(**inputs, generator=generators, **options).images
+    common = {
+        "seconds": round((time.perf_counter() - start) / len(jobs), 4),
         "peak_mib": round(torch.cuda.max_memory_allocated(pipe.device) / 2**20, 1) if on_gpu else None,
-        "noise_magnitude": magnitude(),
     }
+    records = [
+        {"text": text, **common, "noise_magnitude": magnitude}
+        for text, magnitude in zip(texts, magnitudes(), strict=True)
+    ]
+    return [image.convert("RGB") for image in images], records
 
 
 def write(path: Path, picture: Image.Image, record: dict[str, Any]) -> None:
@@ -97,23 +120,30 @@ def write(path: Path, picture: Image.Image, record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def noise_magnitude(pipe: Any) -> Iterator[Callable[[], float | None]]:
+def noise_magnitude(pipe: Any, count: int) -> Iterator[Callable[[], list[float | None]]]:
     """The text-conditional noise magnitude of Wen et al. (ICLR 2024): the mean over steps of ‖ε(x, text) - ε(x, ∅)‖.
 
+    Args:
+        count: how many images are generated at once.
+
     Yields:
-        A function that says it afterwards; None where there was no guidance.
+        A function that returns it for each image afterwards; None where there was no guidance.
     """
     found: list[torch.Tensor] = []
 
     def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        sample = output[0]
-        if sample.shape[0] == 2:
-            found.append((sample[1] - sample[0]).detach().float().norm())
+        if output[0].shape[0] == 2 * count:
+            negative, positive = output[0].detach().float().chunk(2)
+            found.append((positive - negative).flatten(1).norm(dim=1))
 
     unet = getattr(pipe, "unet", None)
     handle = None if unet is None else unet.register_forward_hook(after)
+
+    def means() -> list[float | None]:
+        return [round(value, 6) for value in torch.stack(found).mean(0).tolist()] if found else [None] * count
+
     try:
-        yield lambda: round(float(torch.stack(found).mean()), 6) if found else None
+        yield means
     finally:
         if handle is not None:
             handle.remove()

@@ -99,7 +99,7 @@ def rows(
 
 
 def write_csv(path: Path, table: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the rows in one move, numbers with six digits; the rows, without their prompts' texts."""
+    """Write the rows in one move, numbers with six digits; the rows, without texts."""
     partial = path.with_suffix(".partial")
     kept = []
     with partial.open("w", encoding="utf-8", newline="") as lines:
@@ -111,14 +111,17 @@ def write_csv(path: Path, table: Iterator[dict[str, Any]]) -> list[dict[str, Any
             writer.writerow(
                 {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             )
-            kept.append({name: value for name, value in row.items() if name != "prompt"})
+            kept.append({name: value for name, value in row.items() if name not in ("prompt", "text")})
     os.replace(partial, path)
     return kept
 
 
+NOT_MEASURED = ("prompt_id", "method", "seed", "image", "text")
+
+
 def summarize(table: Sequence[dict[str, Any]]) -> dict[str, dict[str, Summary]]:
     """Method → measure → its summary."""
-    measures = [name for name in table[0] if name not in ("prompt_id", "method", "seed", "image")]
+    measures = [name for name in table[0] if name not in NOT_MEASURED]
     found: dict[str, dict[str, Summary]] = {}
     for name in dict.fromkeys(row["method"] for row in table):
         own = [row for row in table if row["method"] == name]

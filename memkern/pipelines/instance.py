@@ -17,6 +17,7 @@ from typing import Any
 from .family import outputs
 from .holders import LOCK
 from .patch import Patch
+from .requests import encode_prompt, request
 from .session import Settings, Tally
 
 
@@ -108,12 +109,12 @@ def patched_class(family: Family) -> type:
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with family.of(self).request(self):
+        with request(family.of(self), self):
             return base.__call__(self, *args, **kwargs)
 
     @functools.wraps(family.method)
     def encode(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return family.of(self).encode_prompt(self, args, kwargs)
+        return encode_prompt(family.of(self), self, args, kwargs)
 
     # Who makes a pipeline of the same class, as `type(pipe).from_pipe` does, gets one that is not patched.
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,6 @@ No class is changed, and no parameter, buffer or submodule is added. What belong
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,19 +23,14 @@ import torch
 from ..ledger import LEDGER, Stage
 from ..policy import BRANCHES, Branch, Policy
 from ..scope import check_layers
+from .attached import Attached
 from .family import outputs, refusals
-from .family.encoders import POOLED_ONLY, clip_embeddings, slots
-from .holders import LOCK, hook_on
-from .prompt import encoding
-from .prompt.encode_prompt import edit_rows, encode, note
-from .prompt.encoding import Encoding
-from .prompt.pad_swap import PadSwapHook
-from .session import Owner, Record, Session, Settings, Tally, binding, bound, current, entered, log
-from .status import Status, edits_of
+from .family.encoders import POOLED_ONLY, slots
+from .prompt.direct import directly
+from .session import Owner, Session, Settings, Tally, binding, bound, current
+from .status import Status
 from .unet.layers import kv_refusals, layers_of, roots
 from .unet.site import Site
-
-_EXCHANGED = "the pipeline's UNet or ControlNet was exchanged"
 
 
 class Patch:
@@ -61,10 +55,8 @@ class Patch:
         self.last: Session | None = None
         self.is_removed = False
         self._direct: Session | None = None
-        self._hooked: list[Any] = []
-        self._sites: list[Site] = []
-        self._looked: list[Site] = []
-        self._told: str | None = None
+        self.attached: Attached = Attached(self)
+        self.told_of: str | None = None
 
     @property
     def pipe(self) -> Any:
@@ -112,38 +104,24 @@ class Patch:
 
     def attach(self) -> None:
         """Put hooks on the text encoders and sites on the UNet that the pipeline has now."""
-        pipe = self.pipe
-        with LOCK:
-            wanted = [found for slot in self.slots if (found := clip_embeddings(getattr(pipe, slot.encoder, None)))]
-            for module in self._hooked:
-                if not any(module is one for one in wanted):
-                    _unhook(module, self)
-            for module in wanted:
-                _hook(module, self)
-            self._hooked = wanted
-            held = [Site.of(module, prefix) for prefix, module in self._roots().items()]
-            for site in (*self._sites, *self._looked):
-                if site not in held:
-                    site.release(self)
-            self._sites, self._looked = held, []
-            self.hold(self.settings)
-            self._told = None
+        self.attached.attach(self.pipe, self.slots, self.settings)
+        self.told_of = None
 
-    def hold(self, settings: Settings, needs: Any = None) -> None:
-        """Let the sites have what `settings` need, for this patch or for `needs`."""
-        for site in self._sites:
-            if not site.prefix or settings.controlnet:
-                site.hold(self, needs=needs, processors=settings.needs_processors, kv=settings.applied == "kv")
-            else:
-                site.hold(self, needs=needs)
+    def detach(self) -> None:
+        """Take hooks and sites out, where no other pipeline needs them."""
+        self.attached.detach()
+        self.last = self._direct = None
+        self.is_removed = True
 
-    def let_go(self, needs: Any) -> None:
-        """`needs` needs nothing any more."""
-        for site in self._sites:
-            site.release(self, needs=needs)
+    @property
+    def sites(self) -> list[Site]:
+        """The UNet and the ControlNets that the pipeline reads with."""
+        return self.attached.sites
 
-    def _roots(self) -> dict[str, Any]:
-        return roots(self.pipe, controlnet=True)
+    @property
+    def lost(self) -> str | None:
+        """Why layers that were put in place are not reached by now; None where all are."""
+        return self.attached.lost(self.pipe)
 
     def check(self, settings: Settings) -> None:
         """Raise if `settings` cannot be in force on this pipeline; nothing is changed.
@@ -181,17 +159,6 @@ class Patch:
         self.slots = slots(self.pipe) or self.slots
         self.attach()
 
-    def detach(self) -> None:
-        """Take hooks and sites out, where no other pipeline needs them."""
-        with LOCK:
-            for module in self._hooked:
-                _unhook(module, self)
-            for site in (*self._sites, *self._looked):
-                site.release(self)
-            self._hooked, self._sites, self._looked = [], [], []
-            self.last = self._direct = None
-            self.is_removed = True
-
     def remove(self) -> None:
         """Restore the pipeline: every hook and attribute is the object it was. A second call does nothing.
 
@@ -209,83 +176,18 @@ class Patch:
         same = getattr(found, "__func__", None) is getattr(type(self.pipe), outputs.method(self.pipe))
         return None if same and found.__self__ is self.pipe else found
 
-    @property
-    def sites(self) -> list[Site]:
-        """The UNet and the ControlNets that the pipeline reads with."""
-        return self._sites
-
-    @property
-    def lost(self) -> str | None:
-        """Why layers that were put in place are not reached by now; None where all are."""
-        if {prefix: Site.of(module, prefix) for prefix, module in self._roots().items()} != {
-            site.prefix: site for site in self._sites
-        }:
-            return _EXCHANGED
-        return "processors of the UNet were replaced" if any(site.exchanged for site in self._sites) else None
-
     def status(self) -> Status:
         """What is in force, where, and what the last prompts were."""
         return Status.of(self)
 
-    @contextmanager
-    def request(self, pipe: Any) -> Iterator[Session]:
-        """A call of the pipeline: it keeps what is in force now until its end."""
-        session = Session(self.in_force, pipe, self)
-        try:
-            with entered(session):
-                self._follow(session)
-                yield session
-        finally:
-            self._finish(session)
-
-    def _follow(self, session: Session) -> None:
-        """Say what another tool has taken out; look at what reaches an exchanged UNet all the same."""
-        lost = self.lost
-        if lost is not None:
-            again = f"{lost} since it was patched; call memkern.patch(pipe) or patch.update() again"
-            if lost == _EXCHANGED:
-                for prefix, module in self._roots().items():
-                    site = Site.of(module, prefix)
-                    site.hold(self)
-                    self._looked.append(site)
-                session.left_alone["an exchanged UNet"] = None
-                if session.settings.applied == "kv" and session.settings.edits:
-                    session.unmitigated(again)
-            if lost != self._told and session.settings.applied == "embeds":
-                warnings.warn(f"memkern: {again} to have them accelerated", stacklevel=6)
-        self._told = lost
-
-    def _finish(self, session: Session) -> None:
-        record = _record(session)
-        self.tally.add(session.settle())
-        self.last = session
-        session.close()
-        if not session.encoded and not session.reasons:
-            return
-        log.info("%s", record)
-        if session.settings.report is not None:
-            session.settings.report(record)
-
     def direct(self) -> Session:
         """The session of what is done outside any call of the pipeline."""
-        if self._direct is None:
-            self._direct = Session(self.in_force, self.pipe, self)
-        return self._direct
+        return self._direct or self.begin_direct(self.pipe)
 
-    def encode_prompt(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The pipeline's `encode_prompt`, in a call of the pipeline or outside."""
-        session, owner = current(), cast(Owner, self)
-        if session is not None and session.patch is owner:
-            return encode(session, self.family.method, args, kwargs)
-        session = self._direct = self.last = Session(self.in_force, pipe, self)
-        try:
-            return encode(session, self.family.method, args, kwargs)
-        finally:
-            record = _record(session)
-            self.tally.add(session.settle())
-            log.info("%s", record)
-            if session.settings.report is not None:
-                session.settings.report(record)
+    def begin_direct(self, pipe: Any) -> Session:
+        """A prompt is encoded outside any call of the pipeline."""
+        self._direct = Session(self.in_force, pipe, self)
+        return self._direct
 
     @contextmanager
     def encoding(self, branch: Branch = "cond") -> Iterator[Callable[..., torch.Tensor]]:
@@ -306,22 +208,8 @@ class Patch:
         """
         if branch not in BRANCHES:
             raise ValueError(f"branch: expected one of {', '.join(BRANCHES)}, got {branch!r}")
-        session = Session(self.in_force, self.pipe, self)
-        policy = session.settings.policy
-        seen = Encoding(self.pipe, self.slots, policy, policy.reembed_pads)
-        with encoding.entered(seen):
-
-            def edited(embeds: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-                windows = embeds.shape[1] // self.context_length
-                if input_ids is None:
-                    calls = [seen.last(slot, windows) for slot in self.slots]
-                else:
-                    calls = [seen.given(slot, input_ids, windows) for slot in self.slots]
-                made, rows = edit_rows(session, embeds, calls, branch)
-                note(session, made, branch, rows)
-                self.last = session
-                return made
-
+        self.last = session = Session(self.in_force, self.pipe, self)
+        with directly(session, branch) as edited:
             yield edited
 
     def called_outside(self) -> None:
@@ -341,51 +229,20 @@ class Patch:
     def maker_among(holders: list[Patch], context: torch.Tensor) -> Patch | None:
         """Which of several patches made the rows of a context `[B, L, D]`; None if none did."""
         made = [row.maker() for row in LEDGER.recall(context) if row is not None and row.maker is not None]
-        return next((maker for maker in made if any(maker is holder for holder in holders)), None)
+        return next((holder for maker in made for holder in holders if holder.family is maker), None)
 
 
 @contextmanager
 def in_force(patch: Patch, settings: Settings, whole_family: bool) -> Iterator[None]:
     """Let checked `settings` be in force in this context, and the UNet have what they need."""
     needs = _Needs()
-    patch.hold(settings, needs=needs)
+    patch.attached.hold(settings, needs=needs)
     try:
         with bound(patch.family if whole_family else patch, settings):
             yield
     finally:
-        patch.let_go(needs)
+        patch.attached.let_go(needs)
 
 
 class _Needs:
     """Stands for a `with` block among those who need something of a site."""
-
-
-def _hook(module: Any, holder: Patch) -> None:
-    hook = hook_on(module, PadSwapHook)
-    if hook is None:
-        hook = PadSwapHook()
-        hook.handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    hook.holders.add(holder)
-
-
-def _unhook(module: Any, holder: Patch) -> None:
-    hook = hook_on(module, PadSwapHook)
-    if hook is not None:
-        hook.holders.drop(holder)
-        if not hook.holders:
-            hook.handle.remove()
-
-
-def _record(session: Session) -> Record:
-    counts = session.counts
-    return Record(
-        session.settings.policy,
-        session.settings.applied,
-        dict(session.encoded),
-        edits_of(session),
-        counts.protected,
-        counts.exempt,
-        counts.unedited,
-        counts.refused,
-        tuple(session.reasons),
-    )

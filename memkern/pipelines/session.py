@@ -6,6 +6,7 @@ and pipelines that share parts do not meet. A session is found through the curre
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import warnings
@@ -26,6 +27,8 @@ from .family.encoders import EncoderCall, Slot
 OnUnknown = Literal["raise", "warn", "pass"]
 StageChoice = Literal["auto", "embeds", "kv"]
 Outcome = Literal["protected", "exempt", "unedited"]
+
+_NUMBERS = itertools.count(1)
 
 log = logging.getLogger("memkern")
 
@@ -93,8 +96,8 @@ class Settings:
         return replace(self, **changes) if changes else self
 
     def serves(self, row: KnownRow) -> bool:
-        """Whether a row is what a request with these settings makes."""
-        return row.serves(self.policy, self.applied) or not (self.edits or row.unedited)
+        """Whether a row is what a request with these settings makes, or one that they leave alone."""
+        return row.serves(self.policy, self.applied) or not (row.unedited or self.policy.touches(row.branch))
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,10 @@ class Owner(Protocol):
     """What a session knows of the patch it belongs to."""
 
     @property
+    def family(self) -> object:
+        """What the pipeline shares with its copies."""
+
+    @property
     def slots(self) -> tuple[Slot, ...]:
         """The text encoders that the pipeline had when it was patched."""
 
@@ -204,6 +211,7 @@ class Session:
         patch: the `Patch` it is counted for.
 
     Attributes:
+        number: counts the sessions.
         rows: what it encoded or was given, by value.
         calls: what the text encoders read last, by branch.
         encoded: how many rows it encoded, by branch.
@@ -215,7 +223,10 @@ class Session:
     """
 
     def __init__(self, settings: Settings, pipe: Any, patch: Owner) -> None:
-        self.settings, self.patch = settings, patch
+        self.settings = settings
+        # Weakly: a patch keeps its last session, and dies with its pipeline at once, not when garbage is collected.
+        self._patch = weakref.ref(patch)
+        self.number = next(_NUMBERS)
         self._pipe = weakref.ref(pipe)
         self.rows = RowTable()
         self.calls: dict[Branch, tuple[EncoderCall, ...]] = {}
@@ -233,6 +244,23 @@ class Session:
     def pipe(self) -> Any:
         """The pipeline that is called; None once it is gone."""
         return self._pipe()
+
+    @property
+    def patch(self) -> Owner:
+        """The `Patch` it is counted for."""
+        patch = self._patch()
+        assert patch is not None, "a session has outlived its patch"
+        return patch
+
+    def rank(self, row: KnownRow) -> int:
+        """How well a row fits this request, among rows of the same values that were made for different purposes."""
+        own = row.maker is not None and row.maker() is self.patch.family
+        if row.is_plain and not own:
+            # Values that any encoder makes are not taken for another pipeline's.
+            return -1
+        if row.serves(self.settings.policy, self.settings.applied):
+            return 3
+        return 2 if self.settings.serves(row) else int(own)
 
     def unmitigated(self, reason: str) -> None:
         """Rows go through unedited: raise, warn or pass, as `on_unknown` says; a reason is given once.
@@ -264,8 +292,11 @@ class Session:
     @property
     def counts(self) -> Counts:
         """What it has come to by now."""
+        if self._refused:
+            # What reached the UNet before that makes no image.
+            return Counts(refused=self._refused)
         found = Counter(outcome for outcome, _ in self._outcomes.values())
-        return Counts(found["protected"], found["exempt"], found["unedited"], self._refused)
+        return Counts(found["protected"], found["exempt"], found["unedited"])
 
     def close(self) -> None:
         """The request is over: what it kept is given back; what it came to is told by `status`."""

@@ -15,6 +15,7 @@ from ..roles import Role
 from .family import outputs
 from .family.encoders import EncoderCall
 from .session import Counts, Session
+from .unet.placement import foreign
 
 _SEEN = {"embeds": "edits of embeddings", "kv": "roles"}
 
@@ -191,7 +192,7 @@ def _describe_backend(asked: str) -> str:
 def _unet_site(patch: Any) -> list[str]:
     settings = patch.in_force
     sites = [site for site in patch.sites if not site.prefix or settings.controlnet]
-    placed = sum(site.count for site in sites)
+    placed = sum(site.processors.count for site in sites)
     if not placed or not settings.needs_processors:
         return []
     edits = "edits of keys and values; " if settings.applied == "kv" else ""
@@ -218,8 +219,8 @@ def _notes(patch: Any) -> tuple[str, ...]:
         notes.append(f"{patch.lost} since: patch again to have them accelerated")
     if patch.last is not None and patch.in_force.accelerate and patch.last.left_alone:
         notes.append(f"nothing is accelerated where there is {'; '.join(patch.last.left_alone)}")
-    foreign = [kind for site in patch.sites for kind in site.foreign]
-    if foreign:
-        kinds = ", ".join(sorted(set(foreign)))
-        notes.append(f"{len(foreign)} cross-attention layers keep their own processors: {kinds}")
+    others = [kind for site in patch.sites for kind in foreign(site.module)]
+    if others:
+        kinds = ", ".join(sorted(set(others)))
+        notes.append(f"{len(others)} cross-attention layers keep their own processors: {kinds}")
     return tuple(notes)

@@ -241,7 +241,7 @@ def test_lora_between_calls_and_during_one(run, context):
 def test_processors_are_put_back_and_copies_are_plain(unet):
     formers = {name: attn.processor for name, attn in cross_attention_layers(unet)}
     holder = SiteHolder(unet)
-    assert holder.site.count == len(formers) > 0
+    assert holder.site.processors.count == len(formers) > 0
     assert all(isinstance(attn.processor, CrossAttentionProcessor) for _, attn in cross_attention_layers(unet))
     for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
         assert {type(attn.processor).__name__ for _, attn in cross_attention_layers(copied)} == {"AttnProcessor2_0"}

@@ -117,7 +117,9 @@ def test_different_prompts_at_the_kv_stage(sdxl):
     """A key belongs to both encoders; where their roles differ nothing says which to edit."""
     memkern.patch(sdxl, "ren:1.25")
     encode(sdxl, ["a cat"], prompt_2=["a dog"])
-    with pytest.raises(memkern.UnmitigatedError, match="its text encoders read it as tokens of different roles: key"):
+    with pytest.raises(
+        memkern.UnmitigatedError, match="its tokenizers split it differently, so that a key is of different roles: key"
+    ):
         encode(sdxl, ["a cat"], prompt_2=["a very long dog"])
 
 

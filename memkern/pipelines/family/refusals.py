@@ -39,7 +39,7 @@ def refusals(pipe: DiffusionPipeline) -> list[str]:
     if missing or not (present or getattr(pipe, "tokenizer", None)):
         reasons.append(f"it has no {', '.join(missing) or 'tokenizer'}")
     if encode is not None and not reads_context:
-        reasons.append("it has neither a UNet nor Stable Diffusion 3's transformer, which read embeddings as context")
+        reasons.append("its encode_prompt returns pooled outputs, or others in other places, and no UNet reads them")
     if encode is None:
         reasons.append("it has no encode_prompt")
     elif absent := [name for name in _ARGUMENTS if name not in known]:

@@ -107,6 +107,7 @@ def _edit_outputs(
             prompts = len(calls_of["cond"][0].roles) if "cond" in calls_of else len(embeds)
             roles = [empty_roles(prompts, seen.context_length)] * len(own)
             rows = known_rows(session, embeds, roles, branch, others.get(branch), paired)
+            rows = _checked(session, rows, roles, branch, paired)
         else:
             rows = _recalled(session, branch, given, embeds)
         # Raw embeddings that a policy leaves alone are nobody's later.
@@ -137,23 +138,10 @@ def edit_rows(
     if paired is not None and any(one.shape != own.shape for one, own in zip(paired, roles, strict=False)):
         paired = None
     rows = known_rows(session, embeds, roles, branch, reembedded, paired)
+    rows = _checked(session, rows, roles, branch, paired)
+    if rows[0].unedited:
+        return embeds, rows
     of_prompts: Sequence[torch.Tensor | None] = paired or [None] * len(roles)
-    reason = None
-    if policy.pairs(branch) and (paired is None or len(paired) != len(roles)):
-        reason = "it is edited by its prompt's roles, and its prompt was not encoded with it by this pipeline"
-    elif stage == "kv":
-        try:
-            shared_logits(
-                [
-                    lower(policy, own, branch, cond_roles=cond, context_length=session.patch.context_length)
-                    for own, cond in zip(roles, of_prompts, strict=True)
-                ]
-            )
-        except ValueError as conflict:
-            reason = f"its text encoders read it as tokens of different roles: {conflict}"
-    if reason is not None:
-        session.unmitigated(reason)
-        return embeds, [_unedited(session, row.branch, row.roles) for row in rows]
     if stage == "kv" or not policy.edits_on(branch):
         return embeds, rows
     edited = embeds.clone()
@@ -200,10 +188,43 @@ def known_rows(
             tuple(own[row // images] for own in paired) if cond and paired is not None else None,
             None if reembedded is None else reembedded[row],
             session.patch.context_length,
-            maker=weakref.ref(session.patch),
+            maker=weakref.ref(session.patch.family),
+            call=session.number,
         )
         for row in range(embeds.shape[0])
     ]
+
+
+def _checked(
+    session: Session,
+    rows: list[KnownRow],
+    roles: Sequence[torch.Tensor],
+    branch: Branch,
+    paired: Sequence[torch.Tensor] | None,
+) -> list[KnownRow]:
+    """`rows`, or all as unedited where the policy cannot be applied to them.
+
+    Raises:
+        UnmitigatedError: it cannot, and `on_unknown` is "raise".
+    """
+    policy, reason = session.settings.policy, None
+    if policy.pairs(branch) and (paired is None or len(paired) != len(roles)):
+        reason = "it is edited by its prompt's roles, and its prompt was not encoded with it by this pipeline"
+    elif session.settings.applied == "kv":
+        of_prompts: Sequence[torch.Tensor | None] = paired or [None] * len(roles)
+        try:
+            shared_logits(
+                [
+                    lower(policy, own, branch, cond_roles=cond, context_length=session.patch.context_length)
+                    for own, cond in zip(roles, of_prompts, strict=True)
+                ]
+            )
+        except ValueError as conflict:
+            reason = f"its tokenizers split it differently, so that a key is of different roles: {conflict}"
+    if reason is None:
+        return rows
+    session.unmitigated(reason)
+    return [_unedited(session, row.branch, row.roles) for row in rows]
 
 
 def note(
@@ -224,7 +245,14 @@ def note(
 
 
 def _unedited(session: Session, branch: Branch, roles: tuple[torch.Tensor, ...]) -> KnownRow:
-    return KnownRow(session.settings.policy, branch, roles, window=session.patch.context_length, unedited=True)
+    return KnownRow(
+        session.settings.policy,
+        branch,
+        roles,
+        window=session.patch.context_length,
+        unedited=True,
+        call=session.number,
+    )
 
 
 def _cond_roles(arguments: dict[str, Any], calls_of: dict[Branch, list[EncoderCall]]) -> list[torch.Tensor] | None:
@@ -247,13 +275,19 @@ def _recalled(session: Session, branch: Branch, given: torch.Tensor, repeated: t
     """
     policy, stage = session.settings.policy, session.settings.applied
     images = max(1, repeated.shape[0] // max(1, given.shape[0]))
-    known = LEDGER.recall(given, prefer=lambda row: row.serves(policy, stage) and row.branch == branch)
+
+    def rank(row: KnownRow) -> int:
+        own = session.rank(row)
+        return own + 4 if own >= 0 and row.serves(policy, stage) and row.branch == branch else own
+
+    known = LEDGER.recall(given, rank=rank)
     if all(row is not None and row.serves(policy, stage) and row.branch == branch for row in known):
-        return [replace(row) for row in known if row is not None for _ in range(images)]
+        return [replace(row, call=session.number) for row in known if row is not None for _ in range(images)]
     untouched = (torch.full(given.shape[1:2], int(Role.PROMPT), dtype=torch.uint8, device="cpu"),)
     if not policy.touches(branch):
         # Whatever they are, nothing is done with them.
-        return [KnownRow(policy, branch, untouched, stage, window=given.shape[1]) for _ in range(len(repeated))]
+        untold = KnownRow(policy, branch, untouched, stage, window=given.shape[1], call=session.number)
+        return [replace(untold) for _ in range(len(repeated))]
     name, state = "prompt_embeds" if branch == "cond" else "negative_prompt_embeds", "not made by memkern"
     # Rows that no edit changed have the values of any encoder's.
     changed = [row for row in known if row is not None and row.stage == "embeds" and row.policy.edits_on(row.branch)]
@@ -274,4 +308,7 @@ def _let_through(session: Session, arguments: dict[str, Any], outputs: Any) -> N
     for branch, embeds in layout.split(session.pipe, outputs, "uncond" in used).items():
         if isinstance(embeds, torch.Tensor) and embeds.dim() == 3:
             roles = (torch.full(embeds.shape[1:2], int(Role.PROMPT), dtype=torch.uint8, device="cpu"),)
-            note(session, embeds, branch, [_unedited(session, branch, roles) for _ in range(len(embeds))])
+            row = _unedited(session, branch, roles)
+            if not session.settings.policy.touches(branch):
+                row = replace(row, unedited=False)
+            note(session, embeds, branch, [replace(row) for _ in range(len(embeds))], vouch=False)

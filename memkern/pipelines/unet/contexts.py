@@ -39,10 +39,16 @@ class Context:
         self._visited: set[tuple[int, Active]] = set()
         self._prepared: dict[tuple[int, Active], Prepared] = {}
 
-    def recognise(self, tensor: torch.Tensor, session: Session) -> None:
-        """Find out what its rows are: by identity, else by value."""
-        self.rows = LEDGER.recall(tensor, session.rows, session.settings.serves)
-        self.edits = RowEdits(self.rows)
+    def recognise(self, tensor: torch.Tensor, session: Session, *, direct: bool = False) -> None:
+        """Find out what its rows are: by identity, else by value.
+
+        Args:
+            direct: whether each row goes by its own policy, and not by the session's.
+        """
+        self.rows = LEDGER.recall(tensor, session.rows, session.rank)
+        policy = session.settings.policy
+        own = self.rows if direct else [row if row and row.policy == policy else None for row in self.rows]
+        self.edits = RowEdits(self.rows, tuple(own))
 
     def attend(
         self, attn: Any, x: torch.Tensor, tensor: torch.Tensor, active: Active, backend: str, *, keep: bool

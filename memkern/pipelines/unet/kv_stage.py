@@ -24,16 +24,17 @@ class RowEdits:
     """What the policies of a batch's rows do to keys and values.
 
     Args:
-        rows: what each row is; those of the kv stage are edited, each by its own policy.
+        rows: what each row is.
+        own: those that are edited where they are of the kv stage, each by its own policy.
 
     Attributes:
         policies: those of the rows that are edited.
     """
 
-    def __init__(self, rows: KnownRows) -> None:
+    def __init__(self, rows: KnownRows, own: KnownRows) -> None:
         self.rows = rows
         self._edited = {
-            index: row for index, row in enumerate(rows) if row is not None and row.stage == "kv" and not row.unedited
+            index: row for index, row in enumerate(own) if row is not None and row.stage == "kv" and not row.unedited
         }
         self.policies = tuple(dict.fromkeys(row.policy for row in self._edited.values()))
         self._branches = {(row.policy, row.branch) for row in self._edited.values()}

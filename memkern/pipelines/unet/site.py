@@ -5,56 +5,20 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ...scope import layer_size
 from ..holders import LOCK, Holders, hook_on, inert, inert_reduced
 from ..session import Session, current
+from .call import CALL, Call
 from .contexts import Context, Contexts
 from .keeping import why_not_kept
-from .kv_stage import Active
-from .layers import cross_attention_layers, former_of, is_plain
 from .look import WATCHED, count, judge
-from .processor import CrossAttentionProcessor
+from .placement import Processors, missed_layers
 from .schedule import Place, argument, position, sample_size
 
 _NUMBERS = itertools.count()
-
-
-@dataclass
-class Call:
-    """One call of a UNet.
-
-    Attributes:
-        site: whose.
-        session: for whom.
-        known: the context it was given.
-        place: where in the schedule it is.
-        reached: the layers whose keys and values were looked at for edits.
-        sizes: resolutions that were met by an edit's scope.
-        causes: why a layer was not reached, where it is known.
-    """
-
-    site: Site
-    session: Session
-    direct: bool
-    known: Context | None = None
-    place: Place = field(default_factory=Place)
-    reached: set[str] = field(default_factory=set)
-    sizes: set[str] = field(default_factory=set)
-    causes: dict[str, str] = field(default_factory=dict)
-
-    def settle(self) -> None:
-        """Count at once what belongs to no call of a pipeline."""
-        if self.direct:
-            self.session.patch.tally.add(self.session.settle())
-
-
-_CALL: ContextVar[Call | None] = ContextVar("memkern_unet_call", default=None)
 
 
 class LookHook:
@@ -107,6 +71,7 @@ class Site:
     Attributes:
         prefix: of its layers' names; empty for a UNet.
         holders: the patches whose pipelines read with it.
+        requests: the calls of theirs that are under way.
         is_placed: whether memkern's processors are in force.
         edits_kv: whether any pipeline that shares it may edit keys and values.
         number: what a compiled graph finds it by.
@@ -114,10 +79,10 @@ class Site:
 
     def __init__(self, module: Any, prefix: str) -> None:
         self.prefix, self.number = prefix, next(_NUMBERS)
-        self.holders, self._computed, self._edited = Holders(), Holders(), Holders()
+        self.holders, self.requests, self._computed, self._edited = Holders(), Holders(), Holders(), Holders()
         self.is_placed = self.edits_kv = False
         self._module = weakref.ref(module)
-        self._placed: list[tuple[Any, CrossAttentionProcessor, Any]] = []
+        self.processors = Processors()
         self._handles: list[Any] = []
 
     @staticmethod
@@ -137,21 +102,24 @@ class Site:
         with LOCK:
             self.holders.add(holder)
             who = holder if needs is None else needs
+            if needs is not None:
+                self.requests.add(needs)
             for wanted, users in ((processors, self._computed), (kv, self._edited)):
                 (users.add if wanted else users.drop)(who)
-            self._settle()
+            # What a tool has put in place of ours since stays, until the pipeline is patched again.
+            self._settle(afresh=needs is None)
 
     def release(self, holder: Any, *, needs: Any = None) -> None:
         """Take out what nobody else needs; with `needs`, only what that needed."""
         with LOCK:
-            for users in (self._computed, self._edited):
+            for users in (self._computed, self._edited, self.requests):
                 users.drop(holder if needs is None else needs)
             if needs is None:
                 self.holders.drop(holder)
             self._settle()
 
-    def _settle(self) -> None:
-        module, held = self._module(), bool(self.holders)
+    def _settle(self, *, afresh: bool = False) -> None:
+        module, held = self._module(), bool(self.holders) or bool(self.requests)
         if module is None:
             return
         if held and not self._handles:
@@ -161,9 +129,10 @@ class Site:
                 module.register_forward_hook(EndHook(self)),
             ]
         if self._computed:
-            self._place(module)
+            if afresh or not self.is_placed:
+                self.processors.place(module, self, self.prefix)
         else:
-            self._take_out(module)
+            self.processors.take_out(module, self)
         self.is_placed, self.edits_kv = bool(self._computed), bool(self._edited)
         if not held:
             WATCHED.pop(self.number, None)
@@ -171,27 +140,10 @@ class Site:
                 handle.remove()
             self._handles = []
 
-    def _place(self, module: Any) -> None:
-        for name, attn in cross_attention_layers(module):
-            processor = attn.processor
-            if not is_plain(attn) or (type(processor) is CrossAttentionProcessor and processor.site is self):
-                continue
-            former = former_of(processor)
-            ours = CrossAttentionProcessor(former, self, self.prefix + name)
-            attn.set_processor(ours)
-            self._placed = [kept for kept in self._placed if kept[0] is not attn] + [(attn, ours, former)]
-
-    def _take_out(self, module: Any) -> None:
-        """Put back the very processors that were there, where ours still is."""
-        for _, attn in cross_attention_layers(module):
-            if type(attn.processor) is CrossAttentionProcessor and attn.processor.site in (self, None):
-                attn.set_processor(former_of(attn.processor))
-        self._placed = []
-
     @property
     def call(self) -> Call | None:
         """The call that this context is in, if it is one of this site's."""
-        call = _CALL.get()
+        call = CALL.get()
         return call if call is not None and call.site is self else None
 
     @property
@@ -199,46 +151,16 @@ class Site:
         """The UNet or ControlNet; None once it is gone."""
         return self._module()
 
-    @property
-    def count(self) -> int:
-        """How many of the processors that were put in are still in place."""
-        return sum(attn.processor is processor for attn, processor, _ in self._placed)
-
-    @property
-    def exchanged(self) -> list[str]:
-        """The layers whose processors were replaced since."""
-        return [processor.name for attn, processor, _ in self._placed if attn.processor is not processor]
-
-    @property
-    def foreign(self) -> list[str]:
-        """The classes of processors that stayed, since they compute more than attention."""
-        module = self._module()
-        layers = [] if module is None else cross_attention_layers(module)
-        return [type(former_of(attn.processor)).__name__ for _, attn in layers if not is_plain(attn)]
-
-    def _whose(self, context: Any = None) -> tuple[Session, bool] | None:
-        """Whose call it is, and whether it is one outside any call of a pipeline; None if of no patched pipeline's."""
-        session = current()
-        if session is not None and session.patch in self.holders:
-            return session, False
-        holders = self.holders.all()
-        if not holders:
-            return None
-        holder = next((one for one in holders if one.in_force.edits), holders[0])
-        if len(holders) > 1 and isinstance(context, torch.Tensor) and context.dim() == 3:
-            holder = holder.maker_among(holders, context) or holder
-        return holder.direct(), True
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The UNet is called: a context that it was not given before is looked at."""
         context = argument("encoder_hidden_states", 2, args, kwargs)
-        whose = self._whose(context)
+        whose = _whose(self, context)
         if whose is None:
-            _CALL.set(None)
+            CALL.set(None)
             return
         call = Call(self, *whose)
-        _CALL.set(call)
+        CALL.set(call)
         if isinstance(context, torch.Tensor) and context.dim() == 3:
             call.known = self._known(call, context)
             sample = sample_size(args, kwargs)
@@ -258,7 +180,7 @@ class Site:
         if known.rows is None:
             if call.direct:
                 session.reasons.clear()
-            known.recognise(context, session)
+            known.recognise(context, session, direct=call.direct)
             assert known.rows is not None
             try:
                 judge(session, known.rows, direct=call.direct)
@@ -282,17 +204,17 @@ class Site:
         call = self.call
         if call is None:
             return
-        _CALL.set(None)
+        CALL.set(None)
         known, module = call.known, self._module()
-        if known is None or module is None or not known.edits or known.rows is None or not self._computes(call):
+        if known is None or module is None or not known.edits or known.rows is None or not call.computes:
             return
-        missed = self._missed(call, module)
+        missed = missed_layers(module, self.prefix, known.edits, call.place, call.reached, call.causes)
         try:
             if missed:
                 names = list(missed)
                 more = f" and {len(names) - 1} more" if names[1:] else ""
                 call.session.unreached.update(missed)
-                if not known.is_counted and not self.prefix:
+                if not self.prefix:
                     count(call.session, known.rows, shortfall=True)
                 call.session.unmitigated(
                     f"keys and values of {len(names)} cross-attention layers were not edited: {names[0]}{more}: "
@@ -300,32 +222,14 @@ class Site:
                 )
             absent = sorted(known.edits.sizes(call.place) - call.sizes) if not self.prefix else []
             if absent:
+                count(call.session, known.rows, shortfall=True)
+                call.session.unreached.update({f"size {size}": "no layer of the call has it" for size in absent})
                 call.session.unmitigated(f"no cross-attention layer of this call has the size {', '.join(absent)}")
             if not known.is_counted and not self.prefix:
-                count(call.session, known.rows, shortfall=bool(missed))
+                count(call.session, known.rows)
         finally:
             known.is_counted = True
             call.settle()
-
-    def _computes(self, call: Call) -> bool:
-        """Whether layers are computed here for a call: those of a ControlNet may be left alone."""
-        return not self.prefix or call.session.settings.controlnet
-
-    def _missed(self, call: Call, module: Any) -> dict[str, str]:
-        """The layers that were to be edited in this call and were not, each with the cause."""
-        edits = None if call.known is None else call.known.edits
-        missed: dict[str, str] = {}
-        for name, attn in cross_attention_layers(module):
-            name = self.prefix + name
-            if name in call.reached or edits is None or not edits.wanted(name, call.place):
-                continue
-            cause = call.causes.get(name)
-            if cause is None and type(attn.processor) is not CrossAttentionProcessor:
-                cause = f"its processor was replaced by {type(attn.processor).__name__} since it was patched"
-            elif cause is None and "forward" in vars(attn):
-                cause = "its forward was replaced"
-            missed[name] = cause or "its processor was not called"
-        return missed
 
     def attend(
         self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
@@ -334,29 +238,19 @@ class Site:
         call = self.call
         if call is None:
             # A layer that is called by itself.
-            whose = self._whose(context)
+            whose = _whose(self, context)
             if whose is None:
                 return None
             call = Call(self, *whose)
-        if not self._computes(call):
+        if not call.computes:
             return None
         known, session = call.known, call.session
         if known is None or not known.seen.is_here(context):
             edited = known.edits if known is not None else session.settings.applied == "kv"
             known = self._known(call, context) if edited else session.kept.setdefault(self, Contexts()).of(context)
-        active: Active = ()
-        if known.edits:
-            active = known.edits.active(name, x.shape[1], call.place)
-            if mask is not None:
-                call.causes[name] = "it was called with an attention mask, beside which nothing is edited"
-                if any(active):
-                    session.unmitigated(f"{name} {call.causes[name].removeprefix('it ')}")
-                return None
-            call.reached.add(name)
-            size = layer_size(x.shape[1], call.place.sample)
-            if size is not None:
-                call.sizes |= {f"{size[0]}x{size[1]}", *([str(size[0])] if size[0] == size[1] else [])}
-            active = active if any(active) else ()
+        active = call.active(name, x, known, mask)
+        if active is None:
+            return None
         reason = "accelerate=False" if not session.settings.accelerate else why_not_kept(x, context, mask)
         if reason is not None:
             session.left_alone[reason] = None
@@ -376,7 +270,7 @@ def _watcher(site: Site) -> Callable[[torch.Tensor], None]:
 
     def watch(context: torch.Tensor) -> None:
         found = reference()
-        whose = None if found is None else found._whose(context)
+        whose = None if found is None else _whose(found, context)
         if found is None or whose is None or context.dim() != 3:
             return
         call = Call(found, *whose)
@@ -388,3 +282,17 @@ def _watcher(site: Site) -> Callable[[torch.Tensor], None]:
             )
 
     return watch
+
+
+def _whose(site: Site, context: Any = None) -> tuple[Session, bool] | None:
+    """Whose call it is, and whether it is one outside any call of a pipeline; None if of no patched pipeline's."""
+    session = current()
+    if session is not None and (session in site.requests or session.patch in site.holders):
+        return session, False
+    holders = site.holders.all()
+    if not holders:
+        return None
+    holder = next((one for one in holders if one.in_force.edits), holders[0])
+    if len(holders) > 1 and isinstance(context, torch.Tensor) and context.dim() == 3:
+        holder = holder.maker_among(holders, context) or holder
+    return holder.direct(), True

@@ -1,0 +1,37 @@
+"""Text-encoder calls of a user's own, which count as encoding prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ...policy import Branch
+from ..session import Session
+from .encode_prompt import edit_rows, note
+from .encoding import Encoding, entered
+
+
+@contextmanager
+def directly(session: Session, branch: Branch) -> Iterator[Callable[..., torch.Tensor]]:
+    """Text-encoder calls inside are seen, and their pads swapped; see `Patch.encoding`.
+
+    Yields:
+        From embeddings `[B, L, D]` made inside, and the ids `[B, L]` they are of where that is needed, to edited ones.
+    """
+    owner, policy = session.patch, session.settings.policy
+    seen = Encoding(session.pipe, owner.slots, policy, policy.reembed_pads)
+    with entered(seen):
+
+        def edited(embeds: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+            windows = embeds.shape[1] // owner.context_length
+            if input_ids is None:
+                calls = [seen.last(slot, windows) for slot in owner.slots]
+            else:
+                calls = [seen.given(slot, input_ids, windows) for slot in owner.slots]
+            made, rows = edit_rows(session, embeds, calls, branch)
+            note(session, made, branch, rows)
+            return made
+
+        yield edited

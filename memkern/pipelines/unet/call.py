@@ -1,0 +1,71 @@
+"""One call of a UNet: for whom it is, where in the schedule, and which layers it has reached."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...scope import layer_size
+from ..session import Session
+from .contexts import Context
+from .kv_stage import Active
+from .schedule import Place
+
+
+@dataclass
+class Call:
+    """One call of a UNet.
+
+    Attributes:
+        site: whose.
+        session: for whom.
+        known: the context it was given.
+        place: where in the schedule it is.
+        reached: the layers whose keys and values were looked at for edits.
+        sizes: resolutions that were met by an edit's scope.
+        causes: why a layer was not reached, where it is known.
+    """
+
+    site: Any
+    session: Session
+    direct: bool
+    known: Context | None = None
+    place: Place = field(default_factory=Place)
+    reached: set[str] = field(default_factory=set)
+    sizes: set[str] = field(default_factory=set)
+    causes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def computes(self) -> bool:
+        """Whether layers are computed for it: those of a ControlNet may be left alone."""
+        return not self.site.prefix or self.session.settings.controlnet
+
+    def settle(self) -> None:
+        """Count at once what belongs to no call of a pipeline."""
+        if self.direct:
+            self.session.patch.tally.add(self.session.settle())
+
+    def active(self, name: str, x: torch.Tensor, known: Context, mask: torch.Tensor | None) -> Active | None:
+        """The edits in force in a layer whose hidden states are x `[B, N, C]`, which is reached by that; empty for
+        none, None where its mask keeps it from being edited.
+        """
+        if not known.edits:
+            return ()
+        active = known.edits.active(name, x.shape[1], self.place)
+        if mask is not None:
+            self.causes[name] = "it was called with an attention mask, beside which nothing is edited"
+            if any(active):
+                self.session.unmitigated(f"{name} {self.causes[name].removeprefix('it ')}")
+            return None
+        self.reached.add(name)
+        size = layer_size(x.shape[1], self.place.sample)
+        if size is not None:
+            self.sizes |= {f"{size[0]}x{size[1]}", *([str(size[0])] if size[0] == size[1] else [])}
+        return active if any(active) else ()
+
+
+CALL: ContextVar[Call | None] = ContextVar("memkern_unet_call", default=None)
+"""The call that this context is in."""

@@ -1,0 +1,76 @@
+"""memkern's processors in the layers of a UNet: put in, taken out, and looked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .kv_stage import RowEdits
+from .layers import cross_attention_layers, former_of, is_plain
+from .processor import Computes, CrossAttentionProcessor
+from .schedule import Place
+
+
+class Processors:
+    """The processors that were put into one UNet or ControlNet."""
+
+    def __init__(self) -> None:
+        self._placed: list[tuple[Any, CrossAttentionProcessor]] = []
+
+    def place(self, module: Any, site: Computes, prefix: str) -> None:
+        """Put a processor into each cross-attention layer whose own is a plain one."""
+        for name, attn in cross_attention_layers(module):
+            processor = attn.processor
+            if not is_plain(attn) or (type(processor) is CrossAttentionProcessor and processor.site is site):
+                continue
+            ours = CrossAttentionProcessor(former_of(processor), site, prefix + name)
+            attn.set_processor(ours)
+            self._placed = [kept for kept in self._placed if kept[0] is not attn] + [(attn, ours)]
+
+    def take_out(self, module: Any, site: Computes) -> None:
+        """Put back the very processors that were there, where ours still is."""
+        for _, attn in cross_attention_layers(module):
+            if type(attn.processor) is CrossAttentionProcessor and attn.processor.site in (site, None):
+                attn.set_processor(former_of(attn.processor))
+        self._placed = []
+
+    @property
+    def count(self) -> int:
+        """How many of them are still in place."""
+        return sum(attn.processor is processor for attn, processor in self._placed)
+
+    @property
+    def exchanged(self) -> list[str]:
+        """The layers whose processors were replaced since."""
+        return [processor.name for attn, processor in self._placed if attn.processor is not processor]
+
+
+def foreign(module: Any) -> list[str]:
+    """The classes of processors that stay, since they compute more than attention; none where the module is gone."""
+    return [
+        type(former_of(attn.processor)).__name__ for _, attn in cross_attention_layers(module) if not is_plain(attn)
+    ]
+
+
+def missed_layers(
+    module: Any, prefix: str, edits: RowEdits, place: Place, reached: set[str], causes: dict[str, str]
+) -> dict[str, str]:
+    """The layers that were to be edited in a call of `module` and were not, each with the cause.
+
+    Args:
+        edits: of the rows that it was called with.
+        place: of the call.
+        reached: the layers that were edited, by prefixed name.
+        causes: why some were not, where it is known.
+    """
+    missed = {}
+    for name, attn in cross_attention_layers(module):
+        name = prefix + name
+        if name in reached or not edits.wanted(name, place):
+            continue
+        cause = causes.get(name)
+        if cause is None and type(attn.processor) is not CrossAttentionProcessor:
+            cause = f"its processor was replaced by {type(attn.processor).__name__} since it was patched"
+        elif cause is None and "forward" in vars(attn):
+            cause = "its forward was replaced"
+        missed[name] = cause or "its processor was not called"
+    return missed

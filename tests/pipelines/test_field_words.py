@@ -1,0 +1,213 @@
+"""What status, policies and the log say is so (G28, G31)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import logging
+import re
+
+import pytest
+import torch
+from field import OTHER, PROMPT, STAGES, counts, picture, told
+
+import memkern
+from memkern import PRESETS, Edit, Policy
+from memkern.policy import attenuate, exclude, logit_bias, logit_scale, replace, strength, zero
+from memkern.testing import tiny_pipeline
+
+POLICY = "zero-pad:0.7"
+FASTER = "computed by memkern where faster"
+
+
+def tells_why(status, why):
+    """Whether a line says that layers are not accelerated, and why."""
+    return any("accelerat" in line and re.search(why, line) for line in str(status).splitlines())
+
+
+def in_inference_mode(pipe):
+    with torch.inference_mode():
+        picture(pipe)
+
+
+def under_autocast(pipe):
+    with torch.autocast("cpu", torch.bfloat16):
+        picture(pipe)
+
+
+def compiled(pipe):
+    torch._dynamo.reset()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    picture(pipe)
+
+
+def compiled_in_place(pipe):
+    torch._dynamo.reset()
+    pipe.unet.compile(backend="eager")
+    picture(pipe)
+
+
+def exchanged(pipe):
+    pipe.unet = copy.deepcopy(tiny_pipeline(pipe.tokenizer).unet)
+    picture(pipe)
+
+
+NOWHERE = {
+    "inference mode": (in_inference_mode, "inference mode"),
+    "autocast": (under_autocast, "autocast"),
+    "compiled": (compiled, "compile"),
+    "compiled in place": (compiled_in_place, "compile"),
+    "an exchanged UNet": (exchanged, "exchanged"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*exchanged since it was patched:UserWarning")
+@pytest.mark.parametrize("name", NOWHERE)
+def test_g28_status_says_that_nothing_is_accelerated_and_why(sd1, name):
+    call, why = NOWHERE[name]
+    memkern.patch(sd1, POLICY)
+    call(sd1)
+    status = memkern.status(sd1)
+    assert tells_why(status, why), str(status)
+    assert FASTER not in str(status)
+    assert counts(sd1) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["inference mode", "autocast"])
+def test_g28_the_last_call_is_what_counts(sd1, name):
+    call, why = NOWHERE[name]
+    memkern.patch(sd1, POLICY)
+    call(sd1)
+    picture(sd1)
+    assert not tells_why(memkern.status(sd1), why)
+    call(sd1)
+    assert tells_why(memkern.status(sd1), why)
+
+
+def test_g28_layers_that_are_computed_by_memkern_say_so(sd1):
+    memkern.patch(sd1, POLICY)
+    picture(sd1)
+    status = memkern.status(sd1)
+    assert set(status.layers) == {name for name, _ in sd1.unet.named_modules() if name.endswith("attn2")}
+    assert not any(tells_why(status, why) for _, why in NOWHERE.values())
+    assert isinstance(status.kept, int)
+    assert status.kept >= 0
+
+
+VARIANTS = [
+    Edit("pad", zero()),
+    Edit("pad", zero(), layers=("down",)),
+    Edit("pad", zero(), layers=("down", "mid")),
+    Edit("pad", zero(), layers=("8x8",)),
+    Edit("pad", zero(), steps=(0, 0.5)),
+    Edit("pad", zero(), steps=(0.5, 1)),
+    Edit("pad", zero(), steps=(0, 0.5), layers=("down",)),
+    Edit("pad", zero(), fraction=0.5),
+    Edit("pad", zero(), fraction=0.5, order="last"),
+    Edit("pad", zero(), fraction=0.5, order="even"),
+    Edit("pad", zero(), fraction=0.5, order="random"),
+    Edit("pad", zero(), fraction=0.5, order="random", seed=3),
+    Edit("pad", zero(), fraction=1 / 3),
+    Edit("pad", zero(), fraction=0.333333),
+    Edit("pad", zero(), branch="uncond", roles_of="cond"),
+    Edit("pad", zero(), steps=(0, 1 / 3)),
+    Edit("pad", zero(), branch="both"),
+    Edit("pad", zero(), branch="uncond"),
+    Edit("eot", zero()),
+    Edit("pad", exclude()),
+    Edit("pad", strength(0.5)),
+    Edit("pad", logit_scale(0.5)),
+    Edit("pad", logit_bias(0.5)),
+    Edit("pad", logit_bias(0.5001)),
+    Edit("pad", attenuate(0.2, 0.5)),
+    Edit("pad", replace("eot")),
+    Edit("pad", replace("pad-reembedded")),
+]
+
+
+CUSTOM = [Policy((edit,)) for edit in VARIANTS] + [Policy(VARIANTS[4:6], reembed_pads="!", name="mine")]
+
+
+def test_g31_policies_that_differ_print_differently():
+    policies = [Policy((edit,)) for edit in VARIANTS]
+    for pair in itertools.permutations(VARIANTS, 2):
+        with contextlib.suppress(ValueError):  # one that makes the other void
+            policies.append(Policy(pair))
+    policies += [Policy((VARIANTS[0],), reembed_pads=token) for token in "!?"]
+    shown = [str(policy) for policy in policies]
+    alike = [(one, other) for one, other in itertools.pairwise(sorted(shown)) if one == other]
+    assert alike == []
+
+
+def test_g31_what_is_printed():
+    edit = Edit("pad", zero(), fraction=0.5, layers=("down", "8x8"), steps=(0.25, 0.75), order="random", seed=3)
+    shown = str(Policy((edit,)))
+    for part in ("down", "8x8", "0.25", "0.75", "random", "3"):
+        assert part in shown
+
+
+def test_g31_status_prints_the_windows(sd1):
+    policy = Policy((Edit("pad", zero(), steps=(0, 0.5), layers=("down",)),))
+    memkern.patch(sd1, policy)
+    assert str(policy) in str(memkern.status(sd1))
+    assert "down" in str(memkern.status(sd1).policy)
+
+
+@pytest.mark.parametrize(
+    "policy", [*(name for name in PRESETS if name != "guard"), "guard:0.2,0.5", "zero-pad:0.4", *CUSTOM]
+)
+def test_g31_policies_go_through_json(policy):
+    policy = Policy.of(policy)
+    text = policy.to_json()
+    json.loads(text)
+    again = Policy.from_json(text)
+    assert again == policy
+    assert str(again) == str(policy)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_g31_a_record_per_call(sd1, stage, caplog):
+    """The log and the callback tell the same, once per prompt call."""
+    records = []
+    memkern.patch(sd1, POLICY, stage=stage, report=records.append)
+    with caplog.at_level(logging.INFO, "memkern"):
+        picture(sd1)
+        picture(sd1, OTHER, num_images_per_prompt=2)
+        with memkern.using(sd1, "none"):
+            picture(sd1)
+    assert [str(record.policy) for record in records] == [POLICY, POLICY, "none"]
+    assert [(record.protected, record.exempt, record.unedited, record.refused) for record in records] == [
+        (1, 0, 0, 0),
+        (2, 0, 0, 0),
+        (0, 1, 0, 0),
+    ]
+    assert [record.rows for record in records] == [
+        {"cond": 1, "uncond": 1},
+        {"cond": 2, "uncond": 2},
+        {"cond": 1, "uncond": 1},
+    ]
+    assert all(record.stage == stage for record in records[:2])
+    assert any("zeroed" in str(row) for row in records[0].edits)
+    told_of = [one for one in caplog.records if one.name.partition(".")[0] == "memkern" and one.levelno == logging.INFO]
+    assert len(told_of) == 3
+    assert POLICY in told_of[0].getMessage()
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("on_unknown", ["raise", "warn", "pass"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_g31_a_record_of_what_goes_unedited(sd1, stage, on_unknown, caplog):
+    plain = tiny_pipeline(sd1.tokenizer)
+    cond, uncond = (part.detach() for part in plain.encode_prompt(PROMPT, torch.device("cpu"), 1, True))
+    records = []
+    memkern.patch(sd1, POLICY, stage=stage, on_unknown=on_unknown, report=records.append)
+    with caplog.at_level(logging.INFO, "memkern"):
+        told(on_unknown, lambda: picture(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
+    (record,) = records
+    assert (record.protected, record.exempt) == (0, 0)
+    assert (record.unedited, record.refused) == ((0, 1) if on_unknown == "raise" else (1, 0))
+    assert any("prompt_embeds" in reason for reason in record.reasons)
+    warned = [one for one in caplog.records if one.levelno == logging.WARNING and one.name.startswith("memkern")]
+    assert bool(warned) == (on_unknown != "raise")
