@@ -46,9 +46,8 @@ class Processors:
 
 def foreign(module: Any) -> list[str]:
     """The classes of processors that stay, since they compute more than attention; none where the module is gone."""
-    return [
-        type(former_of(attn.processor)).__name__ for _, attn in cross_attention_layers(module) if not is_plain(attn)
-    ]
+    layers = [] if module is None else cross_attention_layers(module)
+    return [type(former_of(attn.processor)).__name__ for _, attn in layers if not is_plain(attn)]
 
 
 def missed_layers(
