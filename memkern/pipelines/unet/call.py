@@ -22,26 +22,32 @@ class Call:
     Attributes:
         site: whose.
         session: for whom.
-        known: the context it was given.
+        direct: whether it is made outside any call of a pipeline.
+        context: what it was given to read.
+        known: what is known of that.
         place: where in the schedule it is.
         reached: the layers whose keys and values were looked at for edits.
         sizes: resolutions that were met by an edit's scope.
         causes: why a layer was not reached, where it is known.
+        computes: whether layers are computed for it.
+        accelerates: whether what is made of the context may be kept.
     """
 
     site: Any
     session: Session
     direct: bool
+    context: torch.Tensor | None = None
     known: Context | None = None
     place: Place = field(default_factory=Place)
     reached: set[str] = field(default_factory=set)
     sizes: set[str] = field(default_factory=set)
     causes: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def computes(self) -> bool:
-        """Whether layers are computed for it: those of a ControlNet may be left alone."""
-        return not self.site.prefix or self.session.settings.controlnet
+    def __post_init__(self) -> None:
+        settings = self.session.settings
+        # Those of a ControlNet may be left alone.
+        self.computes = not self.site.prefix or settings.controlnet
+        self.accelerates = settings.accelerate
 
     def settle(self) -> None:
         """Count at once what belongs to no call of a pipeline."""
@@ -52,8 +58,7 @@ class Call:
         """The edits in force in a layer whose hidden states are x `[B, N, C]`, which is reached by that; empty for
         none, None where its mask keeps it from being edited.
         """
-        if not known.edits:
-            return ()
+        assert known.edits is not None
         active = known.edits.active(name, x.shape[1], self.place)
         if mask is not None:
             self.causes[name] = "it was called with an attention mask, beside which nothing is edited"

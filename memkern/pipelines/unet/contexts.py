@@ -27,6 +27,7 @@ class Context:
     Attributes:
         rows: what each row is; None until someone looks.
         edits: what is done to their keys and values.
+        is_edited: whether anything is.
         is_counted: whether its rows have been counted as having reached the UNet.
     """
 
@@ -34,6 +35,7 @@ class Context:
         self.seen = Seen(tensor, forget)
         self.rows: KnownRows | None = None
         self.edits: RowEdits | None = None
+        self.is_edited = False
         self.is_counted = False
         self._sources: dict[Active, Source | None] = {}
         self._visited: set[tuple[int, Active]] = set()
@@ -49,6 +51,7 @@ class Context:
         policy = session.settings.policy
         own = self.rows if direct else [row if row and row.policy == policy else None for row in self.rows]
         self.edits = RowEdits(self.rows, tuple(own))
+        self.is_edited = bool(self.edits)
 
     def attend(
         self, attn: Any, x: torch.Tensor, tensor: torch.Tensor, active: Active, backend: str, *, keep: bool

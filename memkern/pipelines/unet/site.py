@@ -162,7 +162,7 @@ class Site:
         call = Call(self, *whose)
         CALL.set(call)
         if isinstance(context, torch.Tensor) and context.dim() == 3:
-            call.known = self._known(call, context)
+            call.context, call.known = context, self._known(call, context)
             sample = sample_size(args, kwargs)
             where = None
             if call.known.edits is not None and call.known.edits.follows_steps:
@@ -184,7 +184,7 @@ class Site:
             assert known.rows is not None
             try:
                 judge(session, known.rows, direct=call.direct)
-                if not self.prefix and not known.edits:
+                if not self.prefix and not known.is_edited:
                     count(session, known.rows)
             except BaseException:
                 # Looked at anew if it is tried again.
@@ -206,8 +206,9 @@ class Site:
             return
         CALL.set(None)
         known, module = call.known, self._module()
-        if known is None or module is None or not known.edits or known.rows is None or not call.computes:
+        if known is None or module is None or not known.is_edited or known.rows is None or not call.computes:
             return
+        assert known.edits is not None
         missed = missed_layers(module, self.prefix, known.edits, call.place, call.reached, call.causes)
         try:
             if missed:
@@ -245,13 +246,13 @@ class Site:
         if not call.computes:
             return None
         known, session = call.known, call.session
-        if known is None or not known.seen.is_here(context):
-            edited = known.edits if known is not None else session.settings.applied == "kv"
+        if known is None or call.context is not context:
+            edited = known.is_edited if known is not None else session.settings.applied == "kv"
             known = self._known(call, context) if edited else session.kept.setdefault(self, Contexts()).of(context)
-        active = call.active(name, x, known, mask)
+        active = call.active(name, x, known, mask) if known.is_edited else ()
         if active is None:
             return None
-        reason = "accelerate=False" if not session.settings.accelerate else why_not_kept(x, context, mask)
+        reason = why_not_kept(x, context, mask) if call.accelerates else "accelerate=False"
         if reason is not None:
             session.left_alone[reason] = None
             if not active:
@@ -275,7 +276,7 @@ def _watcher(site: Site) -> Callable[[torch.Tensor], None]:
             return
         call = Call(found, *whose)
         call.session.left_alone["the UNet is compiled"] = None
-        if found._known(call, context).edits:
+        if found._known(call, context).is_edited:
             call.session.unmitigated(
                 "the UNet was compiled before any pipeline edited keys and values; compile it anew, or call "
                 "torch.compiler.reset()"
