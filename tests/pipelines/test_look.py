@@ -1,0 +1,78 @@
+"""What reaches the UNet is looked at once per context: a step that brings no new one compares no values."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from families import sd_families
+
+import memkern
+from memkern import seen
+from memkern.testing import tiny_pipeline
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How often values were compared, which is what waits for a device."""
+    counted = []
+    fingerprints = seen.fingerprints
+    for place in ("memkern.seen.fingerprints", "memkern.ledger.fingerprints"):
+        monkeypatch.setattr(place, lambda rows: counted.append(rows.shape) or fingerprints(rows))
+    return counted
+
+
+def per_step(family, looks, **options):
+    """How often by the end of each step."""
+    found = []
+
+    def callback(pipe, step, timestep, tensors):
+        found.append(len(looks))
+        return {}
+
+    family(steps=5, callback_on_step_end=callback, **options)
+    return found
+
+
+@pytest.mark.parametrize("policy", ["swap-pad-zero-eot", "zero-pad:0.7", "ren:1.25", "none"])
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionControlNetPipeline, guess mode"])
+def test_a_step_without_a_new_context_compares_nothing(tokenizers, looks, policy, name):
+    """Guess mode makes a new view of the context at every step: it is the same place, unwritten."""
+    family = sd_families(tokenizers)[name]()
+    memkern.patch(family.pipe, policy)
+    found = per_step(family, looks)
+    assert found[0] > 0
+    assert found == found[:1] * 5
+
+
+def test_a_context_whose_writes_are_not_counted_is_compared_at_every_step(tokenizers, looks):
+    family = sd_families(tokenizers)["StableDiffusionPipeline"]()
+    memkern.patch(family.pipe)
+    with torch.inference_mode():
+        found = per_step(family, looks)
+    assert [after - before for before, after in itertools.pairwise(found)] == [1] * 4
+
+
+def test_a_compiled_unet_is_looked_at_as_well(tokenizers):
+    pipe = tiny_pipeline(tokenizers["sd1"])
+    memkern.patch(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    raw = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(0))
+
+    def callback(pipe, step, timestep, tensors):
+        return {"prompt_embeds": torch.cat([raw, raw])}
+
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    pipe("a cat", **options)
+    with pytest.raises(memkern.UnmitigatedError, match="2 of 2 rows of what the UNet reads"):
+        pipe("a cat", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"], **options)
+
+
+def test_the_operator_that_looks(sd1):
+    """Opaque to a graph, transparent to gradients."""
+    memkern.patch(sd1, "none")
+    context = torch.randn(2, 77, 32, requires_grad=True)
+    torch.library.opcheck(torch.ops.memkern.look.default, (context, 0))
+    (grad,) = torch.autograd.grad(torch.ops.memkern.look(context, 0).square().sum(), context)
+    torch.testing.assert_close(grad, 2 * context)
