@@ -98,6 +98,11 @@ class RowTable:
         self._rows: OrderedDict[Hashable, list[KnownRow]] = OrderedDict()
         self._limit = limit
 
+    @property
+    def calls(self) -> set[int]:
+        """The encodings that its rows are of."""
+        return {row.call for rows in self._rows.values() for row in rows}
+
     def add(self, keys: Iterable[Hashable], rows: Sequence[KnownRow]) -> None:
         """Note the rows of one batch, as well as those of the same values from the last few encodings."""
         found: dict[Hashable, list[KnownRow]] = {}
@@ -119,7 +124,7 @@ class Ledger:
     """The rows of a process."""
 
     def __init__(self) -> None:
-        self._tensors: dict[Hashable, tuple[Seen, tuple[KnownRow, ...]]] = {}
+        self._tensors: dict[Hashable, tuple[Seen, torch.Tensor, tuple[KnownRow, ...]]] = {}
         self._table = RowTable(LIMIT)
         self._unresolved: deque[tuple[torch.Tensor, torch.Size, torch.dtype, tuple[KnownRow, ...]]] = deque()
         self._lock = threading.RLock()
@@ -135,12 +140,13 @@ class Ledger:
             if kept is not None and kept[0].reference is reference:
                 self._tensors.pop(key, None)
 
-        self._tensors[key] = Seen(tensor, forget), rows
+        numbers = fingerprints(tensor)
+        self._tensors[key] = Seen(tensor, forget), numbers, rows
         # Rows that hold tensors of a device live as long as their session.
         if any(row.reembedded is not None or row.unedited for row in rows):
             return
         with self._lock:
-            self._unresolved.append((fingerprints(tensor), tensor.shape[1:], tensor.dtype, rows))
+            self._unresolved.append((numbers, tensor.shape[1:], tensor.dtype, rows))
             if len(self._unresolved) > UNRESOLVED:
                 self._resolve()
 
@@ -163,24 +169,31 @@ class Ledger:
         return self._find(row_keys(tensor), first, rank)
 
     def recall_same(self, tensor: torch.Tensor) -> tuple[KnownRow, ...] | None:
-        """What the rows of this very tensor are; None if it was not remembered, or was written to since."""
+        """What the rows of this very tensor are; None if it was not remembered, or was written to since.
+
+        Its values are compared as well, for writes that no version counts (`tensor.data`, numpy): a device sync.
+        """
         entry = self._tensors.get(Seen.key(tensor))
-        return entry[1] if entry is not None and entry[0].is_still(tensor) else None
+        if entry is None or not entry[0].is_here(tensor):
+            return None
+        return entry[2] if torch.equal(entry[1], fingerprints(tensor)) else None
 
     def _find(self, keys: Iterable[Hashable], first: RowTable | None, rank: Callable[[KnownRow], int]) -> KnownRows:
         with self._lock:
             self._resolve()
             keys = list(keys)
             candidates = [self._candidates(key, first, rank) for key in keys]
-        # A prompt and its negative come from one encoding: where values were made by several, what the other rows of
-        # the batch are decides, and else the last one.
+        # A prompt and its negative come from one encoding: where values were made by several, it is one that made all
+        # rows of the batch, the caller's own before others, and later ones before earlier ones.
         calls = [{row.call for row in rows} for rows in candidates]
+        made_all = set.intersection(*filter(None, calls)) if any(calls) else set()
         certain = {call for found in calls if len(found) == 1 for call in found}
+        mine = set() if first is None else first.calls
         used: Counter[tuple[Hashable, int]] = Counter()
         found: list[KnownRow | None] = []
         for key, rows, own in zip(keys, candidates, calls, strict=True):
-            call = max(own & certain or own, default=0)
-            places = [place for place, row in enumerate(rows) if row.call == call]
+            likely = own & made_all & mine or own & made_all or own & mine or own & certain or own
+            places = [place for place, row in enumerate(rows) if row.call == max(likely)]
             if not places:
                 found.append(None)
                 continue

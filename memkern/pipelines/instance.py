@@ -109,11 +109,16 @@ def patched_class(family: Family) -> type:
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if family_of(self) is not family:
+            # A bound method that someone kept from before `unpatch`.
+            return base.__call__(self, *args, **kwargs)
         with request(family.of(self), self):
             return base.__call__(self, *args, **kwargs)
 
     @functools.wraps(family.method)
     def encode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if family_of(self) is not family:
+            return family.method(self, *args, **kwargs)
         return encode_prompt(family.of(self), self, args, kwargs)
 
     # Who makes a pipeline of the same class, as `type(pipe).from_pipe` does, gets one that is not patched.

@@ -318,7 +318,18 @@ class Session:
 
 
 _SESSION: ContextVar[Session | None] = ContextVar("memkern_session", default=None)
-_BOUND: ContextVar[tuple[tuple[object, Settings], ...]] = ContextVar("memkern_bound", default=())
+
+
+@dataclass(eq=False)
+class _Binding:
+    """What one block has bound, and whether it has not ended."""
+
+    owner: object
+    settings: Settings
+    holds: bool = True
+
+
+_BOUND: ContextVar[tuple[_Binding, ...]] = ContextVar("memkern_bound", default=())
 
 
 def current() -> Session | None:
@@ -339,13 +350,15 @@ def entered(session: Session) -> Iterator[Session]:
 @contextmanager
 def bound(owner: object, settings: Settings) -> Iterator[None]:
     """Let `settings` be in force for `owner` in this context."""
-    token = _BOUND.set((*_BOUND.get(), (owner, settings)))
+    own = _Binding(owner, settings)
+    _BOUND.set((*(one for one in _BOUND.get() if one.holds), own))
     try:
         yield
     finally:
-        _BOUND.reset(token)
+        # Blocks of generators need not end in the order in which they began, nor in the thread.
+        own.holds = False
 
 
 def binding(owner: object) -> Settings | None:
     """What is bound to `owner` in this context, the innermost; None if nothing is."""
-    return next((settings for bound_to, settings in reversed(_BOUND.get()) if bound_to is owner), None)
+    return next((one.settings for one in reversed(_BOUND.get()) if one.holds and one.owner is owner), None)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from field import PROMPT
+from field import PROMPT, edited_picture, picture, same
 from fleet import DEFAULT, Request, kinds_of, paint
 
 import memkern
+from memkern.testing import tiny_pipeline
+
+
+@pytest.fixture
+def plain(tokenizers):
+    """A pipeline that is never patched."""
+    return tiny_pipeline(tokenizers["sd1"])
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +81,53 @@ def test_using_takes_what_patch_takes(kinds):
     memkern.unpatch(pipe)
     with pytest.raises(ValueError, match="patch"), memkern.using(pipe, "none"):
         pass
+
+
+def test_blocks_of_generators_that_end_in_any_order(sd1, plain):
+    """What one leaves behind is not the other's."""
+    memkern.patch(sd1, "zero-eot-pad")
+
+    def request(policy):
+        with memkern.using(sd1, policy):
+            yield picture(sd1)
+            yield picture(sd1)
+
+    first, second = request("none"), request("zero-pad:1")
+    next(first), next(second)
+    first.close()
+    same(next(second), edited_picture(plain, "zero-pad:1"))
+    second.close()
+    same(picture(sd1), edited_picture(plain, "zero-eot-pad"))
+    third = request("none")
+    next(third)
+    thread = threading.Thread(target=third.close)
+    thread.start()
+    thread.join()
+    same(picture(sd1), edited_picture(plain, "zero-eot-pad"))
+
+
+def test_methods_kept_from_before_unpatch(sd1, plain):
+    memkern.patch(sd1)
+    encode, call = sd1.encode_prompt, sd1.__call__
+    memkern.unpatch(sd1)
+    for made, wanted in zip(encode(PROMPT, "cpu", 1, True), plain.encode_prompt(PROMPT, "cpu", 1, True), strict=True):
+        assert torch.equal(made, wanted)
+    options = {"num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
+    made = call(PROMPT, generator=torch.Generator().manual_seed(0), **options).images
+    assert torch.equal(made, picture(plain, steps=2))
+    assert not memkern.status(sd1).patched
+    assert not sd1.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("how", ["data", "numpy"])
+@torch.no_grad()
+def test_writes_that_no_version_counts(sd1, plain, how):
+    memkern.patch(sd1, "zero-pad:1")
+    raw, _ = plain.encode_prompt(PROMPT, "cpu", 1, True)
+    cond, uncond = sd1.encode_prompt(PROMPT, "cpu", 1, True)
+    if how == "data":
+        cond.data.copy_(raw)
+    else:
+        cond.numpy()[:] = raw.numpy()
+    with pytest.raises(memkern.UnmitigatedError, match="prompt_embeds carries no token ids"):
+        picture(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond)
