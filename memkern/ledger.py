@@ -151,7 +151,11 @@ class Ledger:
                 self._resolve()
 
     def recall(
-        self, tensor: torch.Tensor, first: RowTable | None = None, rank: Callable[[KnownRow], int] = bool
+        self,
+        tensor: torch.Tensor,
+        first: RowTable | None = None,
+        rank: Callable[[KnownRow], int] = bool,
+        order: Sequence[Branch] = (),
     ) -> KnownRows:
         """What the rows of `tensor` `[B, L, D]` are: by identity, else by value, which takes a device sync.
 
@@ -160,13 +164,14 @@ class Ledger:
         Args:
             first: rows that are looked at before the process's own.
             rank: of those that were made for different purposes, the ones of the highest are taken; below 0, none.
+            order: the branches of the equal parts of a batch, where that is known.
         """
         same = self.recall_same(tensor)
         if same is not None:
             return same
         if tensor.dim() != 3 or tensor.device.type == "meta":
             return (None,) * len(tensor)
-        return self._find(row_keys(tensor), first, rank)
+        return self._find(row_keys(tensor), first, rank, order)
 
     def recall_same(self, tensor: torch.Tensor) -> tuple[KnownRow, ...] | None:
         """What the rows of this very tensor are; None if it was not remembered, or was written to since.
@@ -178,7 +183,13 @@ class Ledger:
             return None
         return entry[2] if torch.equal(entry[1], fingerprints(tensor)) else None
 
-    def _find(self, keys: Iterable[Hashable], first: RowTable | None, rank: Callable[[KnownRow], int]) -> KnownRows:
+    def _find(
+        self,
+        keys: Iterable[Hashable],
+        first: RowTable | None,
+        rank: Callable[[KnownRow], int],
+        order: Sequence[Branch],
+    ) -> KnownRows:
         with self._lock:
             self._resolve()
             keys = list(keys)
@@ -189,17 +200,14 @@ class Ledger:
         made_all = set.intersection(*filter(None, calls)) if any(calls) else set()
         certain = {call for found in calls if len(found) == 1 for call in found}
         mine = set() if first is None else first.calls
-        used: Counter[tuple[Hashable, int]] = Counter()
         found: list[KnownRow | None] = []
-        for key, rows, own in zip(keys, candidates, calls, strict=True):
+        total, met = Counter(keys), Counter[Hashable]()
+        for number, (key, rows, own) in enumerate(zip(keys, candidates, calls, strict=True)):
             likely = own & made_all & mine or own & made_all or own & mine or own & certain or own
-            places = [place for place, row in enumerate(rows) if row.call == max(likely)]
-            if not places:
-                found.append(None)
-                continue
-            place = min(places, key=lambda place: used[key, place])
-            used[key, place] += 1
-            found.append(rows[place])
+            same = [row for row in rows if row.call == max(likely)]
+            expected = order[number * len(order) // len(keys)] if order and len(keys) % len(order) == 0 else None
+            found.append(_share(same, met[key], total[key], expected) if same else None)
+            met[key] += 1
         return tuple(found)
 
     def _candidates(self, key: Hashable, first: RowTable | None, rank: Callable[[KnownRow], int]) -> Sequence[KnownRow]:
@@ -216,6 +224,23 @@ class Ledger:
         while self._unresolved:
             numbers, shape, dtype, rows = self._unresolved.popleft()
             self._table.add(_keys(numbers, shape, dtype), rows)
+
+
+def _share(same: Sequence[KnownRow], place: int, total: int, expected: Branch | None) -> KnownRow:
+    """Which of the rows `same`, made equal by one encoding, the one at `place` among `total` equal ones of a batch is.
+
+    Rows of a negative prompt that is the prompt come first, as pipelines put them, unless it is known otherwise. Where
+    there are more rows than were made, each was repeated; where that does not come out, and where there are fewer, the
+    rest are the prompt's, which is what edits protect.
+    """
+    if expected is not None:
+        same = [row for row in same if row.branch == expected] or same
+        return same[place % len(same)]
+    if total % len(same) == 0:
+        return same[place * len(same) // total]
+    cond = [row for row in same if row.branch == "cond"] or same
+    first = [row for row in same if row.branch == "uncond"] if total > len(same) else []
+    return first[place] if place < len(first) else cond[(place - len(first)) % len(cond)]
 
 
 LEDGER = Ledger()

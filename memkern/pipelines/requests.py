@@ -71,7 +71,11 @@ def _finish(patch: Patch, session: Session) -> None:
         return
     log.info("%s", record)
     if session.settings.report is not None:
-        session.settings.report(record)
+        try:
+            session.settings.report(record)
+        except Exception:
+            # Neither a finished image nor a refusal is lost for it.
+            log.exception("report raised")
 
 
 def _record(session: Session) -> Record:

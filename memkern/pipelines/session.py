@@ -90,7 +90,8 @@ class Settings:
         unknown = sorted(changes.keys() - self.names())
         if unknown:
             raise TypeError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(self.names()))}")
-        changes = {name: value for name, value in changes.items() if value is not None}
+        # None is a report's own value: it takes one out.
+        changes = {name: value for name, value in changes.items() if value is not None or name == "report"}
         if policy is not None:
             changes["policy"] = policy
         return replace(self, **changes) if changes else self

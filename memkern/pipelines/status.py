@@ -192,6 +192,7 @@ def _describe_backend(asked: str) -> str:
 def _unet_site(patch: Any) -> list[str]:
     settings = patch.in_force
     sites = [site for site in patch.sites if not site.prefix or settings.controlnet]
+    sites = [site for site in sites if site.module is not None]
     placed = sum(site.processors.count for site in sites)
     if not placed or not settings.needs_processors:
         return []
@@ -200,7 +201,7 @@ def _unet_site(patch: Any) -> list[str]:
     faster = "computed by memkern where faster" if settings.accelerate else "computed by memkern where edited"
     if settings.accelerate and alone and not patch.last.layers:
         faster = f"nothing accelerated: {'; '.join(alone)}"
-    names = " and ".join(type(module).__name__ for site in sites if (module := site.module) is not None)
+    names = " and ".join(type(site.module).__name__ for site in sites)
     return [f"{names}: {placed} cross-attention layers, {edits}{faster}"]
 
 
@@ -216,7 +217,8 @@ def _notes(patch: Any) -> tuple[str, ...]:
         if pad_with is not None and pad_with == slot.vocabulary(pipe).pad_token_id:
             notes.append(f"the {slot.tokenizer} pads with {policy.reembed_pads!r} already: no pad is re-embedded")
     if patch.lost is not None:
-        notes.append(f"{patch.lost} since: patch again to have them accelerated")
+        wanted = "edited" if patch.in_force.applied == "kv" else "accelerated"
+        notes.append(f"{patch.lost} since: patch again to have its layers {wanted}")
     if patch.last is not None and patch.in_force.accelerate and patch.last.left_alone:
         notes.append(f"nothing is accelerated where there is {'; '.join(patch.last.left_alone)}")
     others = [kind for site in patch.sites for kind in foreign(site.module)]

@@ -211,3 +211,30 @@ def test_g31_a_record_of_what_goes_unedited(sd1, stage, on_unknown, caplog):
     assert any("prompt_embeds" in reason for reason in record.reasons)
     warned = [one for one in caplog.records if one.levelno == logging.WARNING and one.name.startswith("memkern")]
     assert bool(warned) == (on_unknown != "raise")
+
+
+def test_a_report_is_taken_out_by_none_and_hides_no_refusal(sd1):
+    records = []
+    patch = memkern.patch(sd1, POLICY, report=records.append)
+    picture(sd1)
+    memkern.patch(sd1, POLICY)
+    picture(sd1)
+    assert len(records) == 1
+
+    def fail(record):
+        raise ZeroDivisionError
+
+    patch.update(report=fail)
+    assert picture(sd1) is not None
+    raw = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(memkern.UnmitigatedError):
+        picture(sd1, None, prompt_embeds=raw)
+
+
+def test_unpatched_inside_a_probe(sd1):
+    memkern.patch(sd1)
+    with memkern.probe(sd1) as probe:
+        memkern.unpatch(sd1)
+        picture(sd1)
+    assert all(row is None for record in probe.records for row in record.rows)
+    assert not sd1.unet._forward_pre_hooks

@@ -76,3 +76,37 @@ def test_the_operator_that_looks(sd1):
     torch.library.opcheck(torch.ops.memkern.look.default, (context, 0))
     (grad,) = torch.autograd.grad(torch.ops.memkern.look(context, 0).square().sum(), context)
     torch.testing.assert_close(grad, 2 * context)
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "in place", "in a function"])
+def test_one_graph_and_no_break(tokenizers, way):
+    """At the embeds stage, whatever it is that is compiled; rows that nobody edited are seen in each."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    pipe = tiny_pipeline(tokenizers["sd1"])
+    memkern.patch(pipe)
+    options = {"backend": backend, "fullgraph": True}
+    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = pipe.unet
+    if way == "torch.compile":
+        call = torch.compile(pipe.unet, **options)
+    elif way == "in place":
+        pipe.unet.compile(**options)
+    else:
+        call = torch.compile(
+            lambda sample, time, context: pipe.unet(sample, time, encoder_hidden_states=context), **options
+        )
+    with torch.no_grad():
+        for prompt in ("a cat", "a photograph of a dog"):
+            cond, uncond = pipe.encode_prompt(prompt, "cpu", 1, True)
+            call(sample, torch.tensor(5), torch.cat([uncond, cond]))
+        assert len(graphs) == 1
+        assert not torch._dynamo.utils.counters["graph_break"]
+        with pytest.raises(memkern.UnmitigatedError, match="2 of 2 rows of what the UNet reads"):
+            call(sample, torch.tensor(5), torch.randn(2, 77, 32))

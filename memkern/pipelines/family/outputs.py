@@ -15,6 +15,11 @@ CONCATENATED: dict[str, tuple[Branch, ...]] = {
 """Classes whose method returns all rows in one tensor, and the branches in the order of its equal parts."""
 
 
+def order(pipe: object) -> tuple[Branch, ...]:
+    """The branches of the equal parts of a UNet's batch, for classes where that is not uncond before cond."""
+    return CONCATENATED.get(type(pipe).__name__, ())
+
+
 def method(pipe: object) -> str:
     """The name of the method that encodes prompts."""
     return "_encode_prompt" if type(pipe).__name__ in CONCATENATED else "encode_prompt"

@@ -102,7 +102,10 @@ class Recorder:
             known = self._last
         else:
             known = Context(context)
-            known.recognise(context, self._session, direct=True)
+            if self._session is None:
+                known.know_nothing(len(context))
+            else:
+                known.recognise(context, self._session, direct=True)
         if known is not self._last:
             self._last = known
             self._sources.clear()

@@ -17,6 +17,7 @@ from ...seen import Seen
 from ..attention.choose import Prepared, prepare
 from ..attention.paths import projected
 from ..attention.sources import Source, unedited
+from ..family import outputs
 from ..session import Session
 from .kv_stage import Active, RowEdits
 
@@ -47,11 +48,16 @@ class Context:
         Args:
             direct: whether each row goes by its own policy, and not by the session's.
         """
-        self.rows = LEDGER.recall(tensor, session.rows, session.rank)
+        self.rows = LEDGER.recall(tensor, session.rows, session.rank, outputs.order(session.pipe))
         policy = session.settings.policy
         own = self.rows if direct else [row if row and row.policy == policy else None for row in self.rows]
         self.edits = RowEdits(self.rows, tuple(own))
         self.is_edited = bool(self.edits)
+
+    def know_nothing(self, rows: int) -> None:
+        """Its rows are no patched pipeline's."""
+        self.rows = (None,) * rows
+        self.edits = RowEdits(self.rows, self.rows)
 
     def attend(
         self, attn: Any, x: torch.Tensor, tensor: torch.Tensor, active: Active, backend: str, *, keep: bool

@@ -20,6 +20,14 @@ def unwrapped(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def is_compiled(module: Any, pipe: Any) -> bool:
+    """Whether a UNet is compiled, in place or as what the pipeline calls."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    called = getattr(pipe, "unet", None)
+    return called is not module and unwrapped(called) is module
+
+
 def roots(pipe: Any, *, controlnet: bool) -> Roots:
     """The UNet of a pipeline, and, if `controlnet`, the nets that steer it: "controlnet:" or "controlnet:0:" etc."""
     found: Roots = {}

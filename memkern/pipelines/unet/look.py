@@ -45,7 +45,8 @@ def judge(session: Session, rows: KnownRows, *, direct: bool) -> None:
     if strangers:
         session.unmitigated(
             f"{strangers} of {len(rows)} rows of what the UNet reads were not made by the pipeline's encode_prompt: "
-            "another tool changed them, or they came as raw prompt_embeds"
+            "another tool changed them, they came as raw prompt_embeds, or another pipeline that shares the UNet made "
+            "them (patch that one too)"
         )
     if others:
         made = "edited" if others[0].stage == "embeds" else "encoded for the kv stage"

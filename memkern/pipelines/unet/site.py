@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ..session import Session, current
 from .call import CALL, Call
 from .contexts import Context, Contexts
 from .keeping import why_not_kept
+from .layers import is_compiled
 from .look import WATCHED, count, judge
 from .placement import Processors, missed_layers
 from .schedule import Place, argument, position, sample_size
@@ -21,42 +23,48 @@ from .schedule import Place, argument, position, sample_size
 _NUMBERS = itertools.count()
 
 
-class LookHook:
-    """A forward pre-hook on a UNet: a call begins."""
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-
-    def __call__(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.compiler.is_compiling() or self.site.edits_kv:
-            self.site.begin(args, kwargs)
-            return None
-        context = argument("encoder_hidden_states", 2, args, kwargs)
-        if not isinstance(context, torch.Tensor):
-            return None
-        looked = torch.ops.memkern.look(context, self.site.number)
-        if "encoder_hidden_states" in kwargs:
-            return args, {**kwargs, "encoder_hidden_states": looked}
-        return (*args[:2], looked, *args[3:]), kwargs
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert_reduced()
+# Of a UNet that is compiled by itself hooks are called outside its graph, as they are; where they are traced with it,
+# in a function of a user's own, the operator looks.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _begin(site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    site.begin(args, kwargs)
 
 
-class EndHook:
-    """A forward hook on a UNet: a call ends."""
+@torch.compiler.substitute_in_graph(_begin, skip_signature_check=True)
+def _traced_begin(
+    site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if site.edits_kv:
+        site.begin(args, kwargs)
+        return None
+    context = argument("encoder_hidden_states", 2, args, kwargs)
+    if not isinstance(context, torch.Tensor):
+        return None
+    looked = torch.ops.memkern.look(context, site.number)
+    if "encoder_hidden_states" in kwargs:
+        return args, {**kwargs, "encoder_hidden_states": looked}
+    return (*args[:2], looked, *args[3:]), kwargs
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
 
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling() or self.site.edits_kv:
-            self.site.end()
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    site.end()
+
+
+@torch.compiler.substitute_in_graph(_end, skip_signature_check=True)
+def _traced_end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if site.edits_kv:
+        site.end()
+
+
+class SiteHook(functools.partial[Any]):
+    """A hook on a UNet: a call begins, or ends. A partial function, since dynamo traces into those."""
+
+    @property
+    def site(self) -> Site:
+        """Whose it is."""
+        found: Site = self.args[0]
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return inert()
@@ -88,7 +96,7 @@ class Site:
     @staticmethod
     def of(module: Any, prefix: str = "") -> Site:
         """The site that is on `module`, or a new one."""
-        hook = hook_on(module, LookHook)
+        hook = hook_on(module, SiteHook)
         return Site(module, prefix) if hook is None else hook.site
 
     def hold(self, holder: Any, *, needs: Any = None, processors: bool = False, kv: bool = False) -> None:
@@ -125,8 +133,8 @@ class Site:
         if held and not self._handles:
             WATCHED[self.number] = _watcher(self)
             self._handles = [
-                module.register_forward_pre_hook(LookHook(self), with_kwargs=True),
-                module.register_forward_hook(EndHook(self)),
+                module.register_forward_pre_hook(SiteHook(_begin, self), with_kwargs=True),
+                module.register_forward_hook(SiteHook(_end, self)),
             ]
         if self._computed:
             if afresh or not self.is_placed:
@@ -161,6 +169,8 @@ class Site:
             return
         call = Call(self, *whose)
         CALL.set(call)
+        if is_compiled(self._module(), call.session.pipe):
+            call.session.left_alone["the UNet is compiled"] = None
         if isinstance(context, torch.Tensor) and context.dim() == 3:
             call.context, call.known = context, self._known(call, context)
             sample = sample_size(args, kwargs)
