@@ -102,10 +102,11 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) build dist memkern/*.so memkern/build.json
 
-$(READY): requirements-dev.txt requirements-vocabulary.txt $(SOURCES)
+$(READY): requirements-dev.txt requirements-vocabulary.txt requirements-quantized.txt $(SOURCES)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "memkern needs Python 3.10 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-vocabulary.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantized -r requirements-quantized.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@

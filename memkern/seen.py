@@ -24,7 +24,7 @@ class Seen:
     def __init__(self, tensor: torch.Tensor, forget: Callable[[Any], None] | None = None) -> None:
         self._owner = weakref.ref(_owner(tensor), forget)
         self._place = _place(tensor)
-        self._version = _version(tensor)
+        self._version = version(tensor)
         self._values = fingerprint(tensor) if self._version is None else None
 
     @staticmethod
@@ -43,7 +43,7 @@ class Seen:
 
     def is_still(self, tensor: torch.Tensor) -> bool:
         """Whether it is this very tensor, unwritten since."""
-        if not self.is_here(tensor) or self._version != _version(tensor):
+        if not self.is_here(tensor) or self._version != version(tensor):
             return False
         return self._version is not None or self._values == fingerprint(tensor)
 
@@ -62,7 +62,7 @@ def _place(tensor: torch.Tensor) -> Hashable:
     return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.data_ptr()
 
 
-def _version(tensor: torch.Tensor) -> int | None:
+def version(tensor: torch.Tensor) -> int | None:
     """How often it was written to; None for one made in inference mode, which does not count."""
     return None if tensor.is_inference() else tensor._version
 

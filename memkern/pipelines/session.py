@@ -221,6 +221,7 @@ class Session:
         unreached: layers that should have been edited and were not, and why.
         left_alone: why layers were left to their own processors where acceleration was asked for.
         reasons: why rows went through unedited, or were refused.
+        size: bytes that it kept of contexts at the most.
     """
 
     def __init__(self, settings: Settings, pipe: Any, patch: Owner) -> None:
@@ -239,7 +240,7 @@ class Session:
         self.reasons: dict[str, None] = {}
         self._outcomes: dict[int, tuple[Outcome, KnownRow | None]] = {}
         self._refused = 0
-        self.kept_bytes = 0
+        self.size = 0
 
     @property
     def pipe(self) -> Any:
@@ -299,16 +300,14 @@ class Session:
         found = Counter(outcome for outcome, _ in self._outcomes.values())
         return Counts(found["protected"], found["exempt"], found["unedited"])
 
+    def keeps(self) -> None:
+        """More is kept of a context than before."""
+        self.size = max(self.size, sum(contexts.size for contexts in tuple(self.kept.values())))
+
     def close(self) -> None:
         """The request is over: what it kept is given back; what it came to is told by `status`."""
-        self.kept_bytes = self.size
         self.kept.clear()
         self.rows = RowTable()
-
-    @property
-    def size(self) -> int:
-        """Bytes kept of contexts."""
-        return sum(contexts.size for contexts in tuple(self.kept.values())) or self.kept_bytes
 
     def settle(self) -> Counts:
         """The counts since the last time."""

@@ -221,6 +221,10 @@ def _notes(patch: Any) -> tuple[str, ...]:
         notes.append(f"{patch.lost} since: patch again to have its layers {wanted}")
     if patch.last is not None and patch.in_force.accelerate and patch.last.left_alone:
         notes.append(f"nothing is accelerated where there is {'; '.join(patch.last.left_alone)}")
+    made = [] if patch.last is None else [getattr(choice, "unkept", ()) for choice in patch.last.layers.values()]
+    if any(made):
+        why = dict.fromkeys(reason for reasons in made for reason in reasons)
+        notes.append(f"keys and values are made anew at each step where {'; '.join(why)}")
     others = [kind for site in patch.sites for kind in foreign(site.module)]
     if others:
         kinds = ", ".join(sorted(set(others)))

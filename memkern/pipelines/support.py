@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .attention.weights import weight_refusals, whole_refusals
+from .attention.layer import Layer
+from .attention.weights import reading_refusals, whole_refusals
 from .family import outputs, refusals
 from .family.encoders import slots
-from .unet.layers import former_of, is_plain, kv_refusals, layers_of, roots, unwrapped
+from .unet.layers import is_known, kv_refusals, layers_of, roots, unwrapped
+from .unet.processor import former_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def support(pipe: Any) -> Support:
     left: list[tuple[str, str]] = []
     taken = 0
     for layer, attn in layers:
-        called = whole_refusals(attn) or weight_refusals(attn)
-        if not is_plain(attn):
-            left.append((layer, f"keeps its {type(former_of(attn.processor)).__name__}"))
+        own = former_of(attn.processor)
+        called = whole_refusals(attn) or reading_refusals(Layer(attn, own))
+        if not is_known(attn):
+            left.append((layer, f"keeps its {type(own).__name__}"))
         else:
             taken += 1
             if called:

@@ -192,18 +192,30 @@ def test_with_gradients_the_layers_own_processors_run(run, context):
     assert not run.holder.session.layers
 
 
-def test_inference_mode(run, context):
-    """A context of inference mode counts no changes: it is not kept. One made outside is."""
+@pytest.mark.parametrize("made", ["inside", "outside"])
+def test_inference_mode(run, context, made):
+    """A context that was made in it counts no changes, and is compared: one that is written to is noticed."""
     with torch.inference_mode():
-        inside = context.clone()
-        for _ in range(3):
-            assert torch.equal(run(inside), run.expected(inside))
-        assert not run.holder.session.layers
+        context = context.clone() if made == "inside" else context
         for _ in range(3):
             out = run(context)
-        assert run.holder.session.layers
-    with torch.no_grad():
+        assert run.paths & {"projected", "absorbed"}
         same(out, run.expected(context))
+        context[0, 3] = 5
+        for _ in range(3):
+            same(run(context), run.expected(context))
+
+
+def test_weights_made_in_inference_mode(unet, context):
+    with torch.inference_mode():
+        run = Run(copy.deepcopy(unet))
+        assert next(run.unet.parameters()).is_inference()
+        for _ in range(3):
+            same(run(context), run.expected(context))
+        assert run.paths & {"projected", "absorbed"}
+        run.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(2)
+        for _ in range(2):
+            same(run(context), run.expected(context))
 
 
 @torch.no_grad()

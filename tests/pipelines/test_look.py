@@ -72,10 +72,13 @@ def test_a_compiled_unet_is_looked_at_as_well(tokenizers):
 def test_the_operator_that_looks(sd1):
     """Opaque to a graph, transparent to gradients."""
     memkern.patch(sd1, "none")
-    context = torch.randn(2, 77, 32, requires_grad=True)
-    torch.library.opcheck(torch.ops.memkern.look.default, (context, 0))
-    (grad,) = torch.autograd.grad(torch.ops.memkern.look(context, 0).square().sum(), context)
-    torch.testing.assert_close(grad, 2 * context)
+    sample, context = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 77, 32)
+    begins, ends = torch.ops.memkern.unet_begins.default, torch.ops.memkern.unet_ends.default
+    torch.library.opcheck(begins, (sample, context, torch.tensor(5), -1))
+    torch.library.opcheck(ends, (sample, -1))
+    out = ends(begins(sample, context, torch.tensor(5), -1), -1)
+    (grad,) = torch.autograd.grad(out.square().sum(), sample)
+    torch.testing.assert_close(grad, 2 * sample)
 
 
 @pytest.mark.parametrize("way", ["torch.compile", "in place", "in a function"])

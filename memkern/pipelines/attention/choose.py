@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ...ops import backends
-from .paths import Attend, absorbed, projected
+from .layer import Layer
+from .paths import Attend, absorbed, beside_images, compute_dtype, projected
 from .sources import Source
-from .weights import Weights, weight_refusals, whole_refusals
+from .weights import Weights, keeping_refusals, reading_refusals, whole_refusals
 
 Path = Literal["absorbed", "projected", "former"]
 
@@ -72,6 +73,7 @@ class Choice:
         sizes: N, C and H.
         milliseconds: the estimates that were compared, by path.
         reasons: why a path was not open.
+        unkept: why K and V are made anew at each step.
     """
 
     path: Path
@@ -79,12 +81,18 @@ class Choice:
     sizes: tuple[int, int, int] = (0, 0, 0)
     milliseconds: dict[Path, float] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    unkept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         estimates = ", ".join(f"{path} {time:.2f}" for path, time in self.milliseconds.items())
         queries, width, heads = self.sizes
         shape = f"N={queries} C={width} H={heads}, keys {'/'.join(map(str, self.keys))}"
-        parts = [shape if self.keys else "", f"estimates in ms: {estimates}" if estimates else "", *self.reasons]
+        parts = [
+            shape if self.keys else "",
+            f"estimates in ms: {estimates}" if estimates else "",
+            *self.reasons,
+            *self.unkept,
+        ]
         return f"{self.path} ({'; '.join(part for part in parts if part)})"
 
 
@@ -97,36 +105,45 @@ class Prepared:
         attend: how; None for the layer's own processor.
         weights: what it was computed from; None where nothing is kept.
         size: bytes kept.
+        is_read: whether it was computed from all weights themselves, and not from K and V alone.
     """
 
     choice: Choice
     attend: Attend | None
-    weights: Weights | None
+    weights: Weights | None = None
     size: int = 0
+    is_read: bool = False
 
-    def valid(self, attn: Any) -> bool:
+    def valid(self, layer: Layer) -> bool:
         """Whether it was computed from the weights that the layer has now."""
-        return self.weights is None or (not weight_refusals(attn) and self.weights.unchanged(attn))
+        if self.weights is None:
+            return True
+        if not self.is_read:
+            return not keeping_refusals(layer) and self.weights.unchanged(layer.key_value_modules)
+        return not reading_refusals(layer) and self.weights.unchanged(layer.modules)
 
 
-def prepare(attn: Any, x: torch.Tensor, source: Source, context: torch.Tensor, backend: str) -> Prepared:
+def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor, backend: str) -> Prepared:
     """What a layer makes of a context that it sees again: the path that is estimated to be fastest.
 
     Args:
         x: hidden states `[B, N, C]`.
         source: the keys and values of `context`.
     """
-    reasons = whole_refusals(attn) + without_kernels(x, backend)
+    attn, dtype = layer.attn, compute_dtype(x)
+    attend = beside_images if layer.kind == "images" else projected
+    reasons = whole_refusals(attn) + without_kernels(x, dtype, backend)
     if reasons:
-        attend = projected(attn, source, backend) if source.edited else None
-        path: Path = "former" if attend is None else "projected"
-        return Prepared(Choice(path, reasons=tuple(reasons)), attend, None)
-    unreadable = weight_refusals(attn)
+        path: Path = "projected" if source.edited else "former"
+        return Prepared(Choice(path, reasons=tuple(reasons)), attend(layer, source, backend) if source.edited else None)
+    unreadable, unkept = reading_refusals(layer), keeping_refusals(layer)
     sizes = x.shape[1], x.shape[2], attn.heads
-    rates = RATES[x.device.type if x.device.type == "cpu" else "cuda", min(4, x.itemsize)]
+    rates = RATES[x.device.type if x.device.type == "cpu" else "cuda", min(4, dtype.itemsize)]
     paths: list[Path] = ["former", "projected", "absorbed"]
-    times = {path: 1e3 * seconds(path, *sizes, source.keys.counts, source.length, rates, x.itemsize) for path in paths}
-    if unreadable or source.attenuation:
+    times = {
+        path: 1e3 * seconds(path, *sizes, source.keys.counts, source.length, rates, dtype.itemsize) for path in paths
+    }
+    if unreadable or source.attenuation or layer.kind == "images":
         del times["absorbed"]
     fastest = min(times, key=lambda path: times[path])
     if source.edited:
@@ -134,22 +151,28 @@ def prepare(attn: Any, x: torch.Tensor, source: Source, context: torch.Tensor, b
         fastest = min(times, key=lambda path: times[path])
     elif times[fastest] >= MARGIN * times["former"]:
         fastest = "former"
-    choice = Choice(fastest, source.keys.counts, sizes, times, tuple(unreadable))
+    choice = Choice(fastest, source.keys.counts, sizes, times, tuple(unreadable), tuple(unkept))
     if fastest == "former":
-        return Prepared(choice, None, None)
-    keys = 2 * sum(source.keys.counts) * x.shape[2] * x.itemsize
+        return Prepared(choice, None)
+    keys = 2 * sum(source.keys.counts) * x.shape[2] * dtype.itemsize
     if fastest == "absorbed":
-        return Prepared(choice, absorbed(attn, source, backend, context), Weights(attn), attn.heads * keys)
-    if unreadable:
-        return Prepared(choice, projected(attn, source, backend), None)
-    return Prepared(choice, projected(attn, source, backend, context), Weights(attn), keys)
+        made = absorbed(layer, source, backend, context, dtype)
+        return Prepared(choice, made, Weights(layer.modules), attn.heads * keys, is_read=True)
+    if unkept:
+        return Prepared(choice, attend(layer, source, backend))
+    if unreadable or layer.kind == "images":
+        return Prepared(choice, attend(layer, source, backend, context), Weights(layer.key_value_modules), keys)
+    made = projected(layer, source, backend, context, readable=True)
+    return Prepared(choice, made, Weights(layer.modules), keys, is_read=True)
 
 
-def without_kernels(x: torch.Tensor, backend: str) -> list[str]:
-    """Why nothing faster than a layer's own processor is here for tensors like `x`; empty if there is."""
+def without_kernels(x: torch.Tensor, dtype: torch.dtype, backend: str) -> list[str]:
+    """Why nothing faster than a layer's own processor is here for tensors where `x` is, of that dtype; empty if
+    there is.
+    """
     fast = "cpp" if x.device.type == "cpu" else "triton"
     if backend not in ("auto", fast):
         return [f"backend {backend!r} has no faster attention"]
     if fast not in backends.order(x.device, "absorbed_attention"):
         return [f"{fast} is not faster than torch on {x.device}"]
-    return backends.refusals(fast, x.device, x.dtype, "absorbed_attention")
+    return backends.refusals(fast, x.device, dtype, "absorbed_attention")

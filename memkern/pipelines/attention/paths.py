@@ -10,60 +10,150 @@ import torch
 
 from ... import ops
 from ...ops import cpu
+from .layer import Images, Layer
 from .sources import Source
 
-Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From a layer's hidden states `[B, N, C]` and its context to its output before the residual."""
+Attend = Callable[[torch.Tensor, torch.Tensor, Images | None], torch.Tensor]
+"""From a layer's hidden states `[B, N, C]`, its context and its images to its output."""
 
 
-def projected(attn: Any, source: Source, backend: str, context: torch.Tensor | None = None) -> Attend:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a layer's products are computed in: its hidden states' dtype, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def projected(
+    layer: Layer, source: Source, backend: str, context: torch.Tensor | None = None, *, readable: bool = False
+) -> Attend:
     """to_q, attention over the keys that are left, to_out.
 
     Args:
         context: what K and V are made of once and for all; None where they are made anew each time.
+        readable: whether the weights of to_q and to_out may be read in place of calling them.
     """
-    keys = source.keys
-
-    def project(context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = source.project(attn, context)
-        return split_heads(k, attn.heads), split_heads(v, attn.heads)
-
-    kept = None if context is None else project(context)
-    if kept is not None and not source.attenuation and kept[0].device.type == "cpu" and backend in ("auto", "cpp"):
+    attn = layer.attn
+    attend_text, kept = _text(layer, source, backend, context)
+    if kept is not None and readable and not source.attenuation and _by_library(kept[0], backend):
         return _projected_rows(attn, source, *kept)
 
-    def attend(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        k, v = kept or project(context)
-        q = split_heads(attn.to_q(x), attn.heads)
-        k = source.attenuated(q, k, attn.scale)
-        heads = ops.biased_attention(q, k, v, keys.bias, attn.scale, backend=backend)
-        out = heads.transpose(1, 2).flatten(2)
+    def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
+        out = attend_text(attn.to_q(x), context)
         for module in attn.to_out:
             out = module(out)
+        return _finished(attn, out, x)
+
+    return attend
+
+
+def beside_images(layer: Layer, source: Source, backend: str, context: torch.Tensor | None = None) -> Attend:
+    """The layer's own processor for the images of IP-Adapters, and the text's part added to theirs before to_out."""
+    attend_text, _ = _text(layer, source, backend, context)
+
+    def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
+        assert images is not None
+        stand_in = _TextElsewhere(layer.attn, attend_text, context)
+        states = context[:, :1], images.states
+        out: torch.Tensor = layer.own(stand_in, x, encoder_hidden_states=states, ip_adapter_masks=images.masks)
         return out
 
     return attend
 
 
-def absorbed(attn: Any, source: Source, backend: str, context: torch.Tensor) -> Attend:
-    """One operator in place of the layer; its weights are read, and none of its modules called."""
-    k, v = (split_heads(rows, attn.heads) for rows in source.project(attn, context))  # [B, H, n, D]
+class _TextElsewhere:
+    """An attention layer to an IP-Adapter's processor: the text is one key whose value is zero, and what was computed
+    of it by others comes in before the output's projection.
+    """
+
+    def __init__(
+        self, attn: Any, attend: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], context: torch.Tensor
+    ) -> None:
+        self._attn, self._attend, self._context = attn, attend, context
+        self._text: Any = None
+        self.to_out = (self._out, *attn.to_out[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attn, name)
+
+    def to_q(self, x: torch.Tensor) -> torch.Tensor:
+        q: torch.Tensor = self._attn.to_q(x)
+        self._text = self._attend(q, self._context)
+        return q
+
+    def to_k(self, rows: torch.Tensor) -> torch.Tensor:
+        zeros: torch.Tensor = self._text.new_zeros(rows.shape[0], 1, self._text.shape[-1])
+        return zeros
+
+    to_v = to_k
+
+    def _out(self, images: torch.Tensor) -> Any:
+        return self._attn.to_out[0](self._text + images)
+
+
+def _text(
+    layer: Layer, source: Source, backend: str, context: torch.Tensor | None
+) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+    """What attends to the keys that are left, from queries `[B, N, C]` and the context to `[B, N, C]`, and K and V
+    where they are kept.
+    """
+    attn = layer.attn
+
+    def project(context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = source.project(layer, context)
+        return split_heads(k, attn.heads), split_heads(v, attn.heads)
+
+    kept = None if context is None else project(context)
+
+    def attend(q: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        k, v = kept or project(context)
+        q = split_heads(q, attn.heads)
+        k = source.attenuated(q, k, attn.scale)
+        heads: torch.Tensor = ops.biased_attention(q, k, v, source.keys.bias, attn.scale, backend=backend)
+        return heads.transpose(1, 2).flatten(2)
+
+    return attend, kept
+
+
+def _finished(attn: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    out = out + x if attn.residual_connection else out
+    return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+def _by_library(rows: torch.Tensor, backend: str) -> bool:
+    return rows.device.type == "cpu" and backend in ("auto", "cpp")
+
+
+def absorbed(layer: Layer, source: Source, backend: str, context: torch.Tensor, dtype: torch.dtype) -> Attend:
+    """One operator in place of the layer; its weights are read, and none of its modules called.
+
+    Args:
+        dtype: what the products are computed in.
+    """
+    attn = layer.attn
+    k, v = (split_heads(rows, attn.heads) for rows in source.project(layer, context))  # [B, H, n, D]
     to_q, to_out = attn.to_q, attn.to_out[0]
-    q_weight, o_weight = (module.weight.detach() for module in (to_q, to_out))
-    a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * attn.scale  # [B, H, n, C]
-    vo = v @ o_weight.view(o_weight.shape[0], attn.heads, -1).permute(1, 2, 0)
+    q_weight, o_weight = (module.weight.detach().to(dtype) for module in (to_q, to_out))
+    out_bias = None if to_out.bias is None else to_out.bias.detach().to(dtype)
     bias = source.keys.bias
-    if to_q.bias is not None:
-        shift = (k.float() @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * attn.scale
-        bias = bias.unsqueeze(1) + shift  # [B, H, n]
+    with torch.autocast(context.device.type, enabled=False):
+        a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * attn.scale  # [B, H, n, C]
+        vo = v @ o_weight.view(o_weight.shape[0], attn.heads, -1).permute(1, 2, 0)
+        if to_q.bias is not None:
+            shift = (k.float() @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * attn.scale
+            bias = bias.unsqueeze(1) + shift  # [B, H, n]
     if k.device.type == "cpu":
-        return _absorbed_rows(a, bias, vo, to_out.bias, source.keys.counts)
-    return lambda x, context: ops.absorbed_attention(x, a, bias, vo, to_out.bias, backend=backend)
+        return _absorbed_rows(attn, a, bias, vo, out_bias, source.keys.counts)
+
+    def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
+        return _finished(attn, ops.absorbed_attention(x.to(dtype), a, bias, vo, out_bias, backend=backend), x)
+
+    return attend
 
 
 def _absorbed_rows(
-    a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None, counts: tuple[int, ...]
-) -> Attend:
+    attn: Any, a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None,
+    counts: tuple[int, ...],
+) -> Attend:  # fmt: skip
     """On the CPU every sequence is as wide as its own keys, up to a multiple of 8 over all heads."""
     heads, channels = a.shape[1], a.shape[3]
     step = 8 // math.gcd(heads, 8)
@@ -74,29 +164,34 @@ def _absorbed_rows(
         own_bias = bias[b, ..., :width].reshape(-1, width).contiguous()
         parts.append((cpu.Product(own_a), own_bias, cpu.Product(own_vo.mT, out_bias)))
 
-    def attend(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
+        rows = x.to(a.dtype).contiguous()
+        out = torch.empty_like(rows)
         for b, part in enumerate(parts):
-            cpu.absorb_rows(x[b], *part, out[b])
-        return out
+            cpu.absorb_rows(rows[b], *part, out[b])
+        return _finished(attn, out, x)
 
     return attend
 
 
 def _projected_rows(attn: Any, source: Source, k: torch.Tensor, v: torch.Tensor) -> Attend:
     """On the CPU every sequence has its own keys alone, and its queries go through the layer in tiles."""
-    to_q, to_out = (cpu.Product(module.weight.detach(), module.bias) for module in (attn.to_q, attn.to_out[0]))
+    to_q, to_out = (
+        cpu.Product(module.weight.detach().to(k.dtype), None if module.bias is None else module.bias.to(k.dtype))
+        for module in (attn.to_q, attn.to_out[0])
+    )
     keys, scale = source.keys, attn.scale
     parts = [
         (k[b : b + 1, :, :left], v[b : b + 1, :, :left], keys.bias[b : b + 1, None, :left].contiguous())
         for b, left in enumerate(keys.counts)
     ]
 
-    def attend(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
+        rows = x.to(k.dtype).contiguous()
+        out = torch.empty_like(rows)
         for b, part in enumerate(parts):
-            cpu.project_rows(x[b], to_q, *part, scale, to_out, out[b])
-        return out
+            cpu.project_rows(rows[b], to_q, *part, scale, to_out, out[b])
+        return _finished(attn, out, x)
 
     return attend
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ... import ops
 from ...coalesce import Keys, coalesce, coalesce_plan, every_key
 from ...plan import Plan
+from .layer import Layer
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Source:
 
     keys: Keys
     length: int
-    project: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    project: Callable[[Layer, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     attenuation: tuple[Attenuation, ...] = ()
     edited: bool = False
 
@@ -62,9 +62,8 @@ def unedited(context: torch.Tensor) -> Source:
     """The context as it is: zero rows are one key, and so are runs of equal rows."""
     keys = coalesce(context)
 
-    def project(attn: Any, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = keys.rows(context)
-        return attn.to_k(rows), attn.to_v(rows)
+    def project(layer: Layer, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return layer.key_value(keys.rows(context))
 
     return Source(keys, context.shape[1], project)
 
@@ -99,16 +98,14 @@ def edited(
     # What a logit is multiplied by; a key that is zeroed keeps its own.
     factor = torch.where(v_scale != 0, k_scale / v_scale, torch.ones_like(v_scale)).unsqueeze(-1)
 
-    def project(attn: Any, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def project(layer: Layer, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = context if columns is None else columns(context)
-        k_shift, v_shift = _shift(attn.to_k, rows), _shift(attn.to_v, rows)
-        k, v = _linear(attn.to_k, rows, k_shift), _linear(attn.to_v, rows, v_shift)
-        k_bank = v_bank = None
-        if bank is not None:
-            k_bank, v_bank = _linear(attn.to_k, bank, k_shift), _linear(attn.to_v, bank, v_shift)
+        shift = layer.key_value_shift(rows)
+        k, v = _without(shift, layer.key_value(rows))
+        k_bank, v_bank = (None, None) if bank is None else _without(shift, layer.key_value(bank))
         k, v = ops.edit_kv(k, v, k_bank, v_bank, source, k_scale, v_scale, backend=backend)
-        k = k if k_shift is None else k + (k_shift * factor).to(k.dtype)
-        v = v if v_shift is None else v + v_shift
+        if shift is not None:
+            k, v = k + (shift[0] * factor).to(k.dtype), v + shift[1]
         return keys.rows(k), keys.rows(v)
 
     moved = []
@@ -119,14 +116,7 @@ def edited(
     return Source(keys, context.shape[1], project, tuple(moved), edited=True)
 
 
-def _shift(projection: Any, rows: torch.Tensor) -> torch.Tensor | None:
-    """The projection's bias, by what it makes of zero: an adapter may have its part in it."""
-    if getattr(projection, "bias", None) is None:
-        return None
-    shift: torch.Tensor = projection(rows.new_zeros(1, 1, rows.shape[-1]))
-    return shift
-
-
-def _linear(projection: Any, rows: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-    projected: torch.Tensor = projection(rows)
-    return projected if shift is None else projected - shift
+def _without(
+    shift: tuple[torch.Tensor, torch.Tensor] | None, made: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return made if shift is None else (made[0] - shift[0], made[1] - shift[1])

@@ -1,18 +1,28 @@
-"""The weights of a cross-attention layer: whether they can be read, and whether they are still the same.
+"""The weights of a cross-attention layer: whether they can be read, what may be kept of them, and whether they changed.
 
-Weights are read only where calling the module does nothing else. Everything else (LoRA, quantization, offload,
-hooks) keeps being called, or the layer is left to its own processor.
+Weights are read only where calling the module does nothing else: plain linear modules of plain tensors. Everything
+else (LoRA, quantized weights, offload, hooks) keeps being called; of what is called, keys and values are kept where
+nothing but tensors and plain settings can change them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...seen import version
+from .layer import Layer
+
 SAMPLES = 32
 """Values of a weight that are compared with what they were."""
+
+CASTS = {"layerwise_casting"}
+"""Hooks of diffusers that change how a weight is stored, and nothing that the module computes."""
+
+_SETTINGS = (bool, int, float, str, type(None))
 
 
 def whole_refusals(attn: Any) -> list[str]:
@@ -29,61 +39,125 @@ def whole_refusals(attn: Any) -> list[str]:
     return reasons
 
 
-def weight_refusals(attn: Any) -> list[str]:
+def reading_refusals(layer: Layer) -> list[str]:
     """Why the weights of the layer's projections cannot be read in place of calling them; empty if they can."""
-    reasons = []
-    for name, module in (("", attn), *projections(attn)):
-        if name and type(module) is not nn.Linear:
+    reasons = ["the layer has hooks"] if _hooks(layer.attn) else []
+    for name, module in layer.modules.items():
+        if type(module) is not nn.Linear:
             reasons.append(f"{name} is a {type(module).__name__}")
-        elif (
-            module._forward_hooks
-            or not all(getattr(hook, "reads_only", False) for hook in module._forward_pre_hooks.values())
-            or "forward" in vars(module)
-            or hasattr(module, "_hf_hook")
-            or hasattr(module, "_diffusers_hook")
-        ):
-            reasons.append(f"{name or 'the layer'} has hooks")
-        elif name and module.weight.is_inference():
-            reasons.append(f"{name}'s weight does not count its changes: it was made in inference mode")
+        elif _hooks(module) or _is_cast(module):
+            reasons.append(f"{name} has hooks")
+        elif not _is_plain(module.weight):
+            reasons.append(f"{name}'s weight is a {_kind(module.weight)}")
     return reasons
 
 
-def projections(attn: Any) -> tuple[tuple[str, nn.Module], ...]:
-    """The four projections by name."""
-    return (("to_q", attn.to_q), ("to_k", attn.to_k), ("to_v", attn.to_v), ("to_out[0]", attn.to_out[0]))
+def keeping_refusals(layer: Layer) -> list[str]:
+    """Why what the layer's projections make of keys and values may not be kept; empty if it may."""
+    return [
+        f"{name} has hooks"
+        for name, module in layer.key_value_modules.items()
+        if any(_hooks(part) for part in module.modules())
+    ]
+
+
+def _hooks(module: Any) -> bool:
+    """Whether something besides the module itself runs when it is called."""
+    if module._forward_hooks or not all(
+        getattr(hook, "reads_only", False) for hook in module._forward_pre_hooks.values()
+    ):
+        return True
+    if hasattr(module, "_hf_hook"):
+        return True
+    return not _is_cast(module) and ("forward" in vars(module) or hasattr(module, "_diffusers_hook"))
+
+
+def _is_cast(module: Any) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and set(registry.hooks) == CASTS
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (nn.Parameter, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    own = type(tensor)
+    return own.__name__ if own not in (nn.Parameter, torch.Tensor) else f"tensor of {tensor.dtype}"
 
 
 class Weights:
-    """The weights that something was computed from, so that a change of any is noticed.
+    """The state of the modules that something was computed by, so that a change of any is noticed.
 
-    A weight is the same if it is the same tensor with the same version, memory and dtype. An edit through
-    `weight.data` counts no version: on the CPU a sample of the values is compared, which a dense update changes.
+    A tensor is the same if it is the same object with the same version, memory and dtype; settings, such as the
+    weight of an adapter, if they are equal. An edit through `weight.data`, or of a tensor made in inference mode,
+    counts no version: on the CPU a sample of the values is compared, which a dense update changes.
     """
 
-    def __init__(self, attn: Any) -> None:
-        self._seen = [self._state(tensor) for tensor in self._tensors(attn)]
+    def __init__(self, modules: dict[str, Any]) -> None:
+        self._modules = tuple(modules.values())
+        self._seen = [_state(tensor) for tensor in _tensors(self._modules)]
+        self._settings = _settings(self._modules)
 
-    def unchanged(self, attn: Any) -> bool:
-        """Whether the layer's weights are still those."""
-        tensors = self._tensors(attn)
-        return len(tensors) == len(self._seen) and all(
-            tensor is seen[0] and self._same(self._state(tensor), seen)
-            for tensor, seen in zip(tensors, self._seen, strict=True)
+    def unchanged(self, modules: dict[str, Any]) -> bool:
+        """Whether these are still those modules, as they were."""
+        now = tuple(modules.values())
+        if len(now) != len(self._modules) or any(a is not b for a, b in zip(now, self._modules, strict=True)):
+            return False
+        tensors = list(_tensors(now))
+        return (
+            len(tensors) == len(self._seen)
+            and all(
+                tensor is seen[0] and _same(_state(tensor), seen)
+                for tensor, seen in zip(tensors, self._seen, strict=True)
+            )
+            and _settings(now) == self._settings
         )
 
-    @staticmethod
-    def _tensors(attn: Any) -> list[torch.Tensor]:
-        modules: list[Any] = [module for _, module in projections(attn)]
-        return [tensor for module in modules for tensor in (module.weight, module.bias) if tensor is not None]
 
-    @staticmethod
-    def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
-        sample = None
-        if tensor.device.type == "cpu" and tensor.is_contiguous():
-            values = tensor.detach().view(-1)
-            sample = values[:: max(1, len(values) // SAMPLES)].clone()
-        return tensor, tensor._version, tensor.data_ptr(), tensor.dtype, sample
+def _tensors(modules: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        if type(module) is nn.Linear:
+            yield from (tensor for tensor in (module.weight, module.bias) if tensor is not None)
+        else:
+            yield from module.parameters()
+            yield from module.buffers()
 
-    @staticmethod
-    def _same(now: tuple[Any, ...], seen: tuple[Any, ...]) -> bool:
-        return now[1:4] == seen[1:4] and (now[4] is None or torch.equal(now[4], seen[4]))
+
+def _settings(modules: tuple[Any, ...]) -> list[str]:
+    """What is set on modules that are more than linear, as far as it is plain numbers and words."""
+    return [
+        f"{name}={value!r}"
+        for module in modules
+        if type(module) is not nn.Linear
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if _is_setting(value)
+    ]
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(one, _SETTINGS) for one in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(one, _SETTINGS) for one in value)
+    return isinstance(value, _SETTINGS)
+
+
+def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if not _is_plain(tensor):
+        # A quantized weight's memory is behind its class.
+        return tensor, version(tensor), None, tensor.dtype, None
+    sample = None
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        values = tensor.detach().view(-1)
+        sample = values[:: max(1, len(values) // SAMPLES)].clone()
+    return tensor, version(tensor), tensor.data_ptr(), tensor.dtype, sample
+
+
+def _same(now: tuple[Any, ...], seen: tuple[Any, ...]) -> bool:
+    return now[1:4] == seen[1:4] and (now[4] is None or torch.equal(now[4], seen[4]))

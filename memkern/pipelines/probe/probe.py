@@ -22,6 +22,7 @@ from ... import ops
 from ...plan import Plan
 from ...roles import Role
 from ...scope import layer_size
+from ..attention.layer import Layer
 from ..attention.paths import split_heads
 from ..attention.sources import Source, edited
 from ..instance import find
@@ -29,6 +30,7 @@ from ..patching import patched
 from ..unet.contexts import Context
 from ..unet.kv_stage import Active
 from ..unet.layers import cross_attention_layers, unwrapped
+from ..unet.processor import former_of
 from ..unet.schedule import Place
 from ..unet.site import Site
 from .record import Probe, Record
@@ -47,6 +49,8 @@ class LayerHook:
     def __call__(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        # Beside the images of IP-Adapters.
+        context = context[0] if isinstance(context, tuple) else context
         if isinstance(context, torch.Tensor):
             self.owner.record(self.name, attn, x, context, mapped=self.mapped)
 
@@ -143,7 +147,8 @@ def attention_mass(
         weight: float32 `[B, n]`, 1 for the keys to sum.
     """
     keys = source.keys
-    k = split_heads(source.project(attn, context)[0], attn.heads)  # [B, H, n, D]
+    layer = Layer(attn, former_of(attn.processor))
+    k = split_heads(source.project(layer, context)[0], attn.heads)  # [B, H, n, D]
     q = split_heads(attn.to_q(x), attn.heads)
     k = source.attenuated(q, k, attn.scale)
     by_key, by_query = ops.attention_mass(q, k, keys.bias, weight, attn.scale)

@@ -15,11 +15,15 @@ import torch
 from ...ledger import LEDGER, KnownRows
 from ...seen import Seen
 from ..attention.choose import Prepared, prepare
-from ..attention.paths import projected
+from ..attention.layer import Images, Layer
+from ..attention.paths import beside_images, compute_dtype, projected
 from ..attention.sources import Source, unedited
 from ..family import outputs
 from ..session import Session
 from .kv_stage import Active, RowEdits
+
+Key = tuple[int, torch.dtype, Active]
+"""What is kept is found by: the layer, what its products are computed in, and the edits in force."""
 
 
 class Context:
@@ -39,8 +43,8 @@ class Context:
         self.is_edited = False
         self.is_counted = False
         self._sources: dict[Active, Source | None] = {}
-        self._visited: set[tuple[int, Active]] = set()
-        self._prepared: dict[tuple[int, Active], Prepared] = {}
+        self._visited: set[Key] = set()
+        self._prepared: dict[Key, Prepared] = {}
 
     def recognise(self, tensor: torch.Tensor, session: Session, *, direct: bool = False) -> None:
         """Find out what its rows are: by identity, else by value.
@@ -60,25 +64,27 @@ class Context:
         self.edits = RowEdits(self.rows, self.rows)
 
     def attend(
-        self, attn: Any, x: torch.Tensor, tensor: torch.Tensor, active: Active, backend: str, *, keep: bool
-    ) -> tuple[torch.Tensor | None, Prepared | None]:
-        """A layer's output before its residual, None where its own processor is to compute it, and what was prepared
-        for it just now.
+        self, layer: Layer, x: torch.Tensor, tensor: torch.Tensor, images: Images | None, active: Active, backend: str,
+        *, keep: bool,
+    ) -> tuple[torch.Tensor | None, Prepared | None]:  # fmt: skip
+        """A layer's output, None where its own processor is to compute it, and what was prepared for it just now.
 
         Args:
             active: the edits in force; empty for none.
             keep: whether what is computed from the context may be kept for the next step.
         """
         source = self._source(tensor, active, backend) if active else None
-        key = id(attn), () if source is None else active
+        key = id(layer.attn), compute_dtype(x), () if source is None else active
         if not keep or key not in self._visited:
             self._visited.add(key)
-            out = None if source is None else projected(attn, source, backend)(x, tensor)
-            return out, None
+            if source is None:
+                return None, None
+            attend = projected if images is None else beside_images
+            return attend(layer, source, backend)(x, tensor, images), None
         prepared, made = self._prepared.get(key), None
-        if prepared is None or not prepared.valid(attn):
-            prepared = made = self._prepared[key] = prepare(attn, x, source or self._whole(tensor), tensor, backend)
-        return None if prepared.attend is None else prepared.attend(x, tensor), made
+        if prepared is None or not prepared.valid(layer):
+            prepared = made = self._prepared[key] = prepare(layer, x, source or self._whole(tensor), tensor, backend)
+        return None if prepared.attend is None else prepared.attend(x, tensor, images), made
 
     def _source(self, tensor: torch.Tensor, active: Active, backend: str) -> Source | None:
         """The context under the edits that are in force; None where they leave all its rows alone."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
+from ..attention.layer import kind_of
 from ..attention.weights import whole_refusals
-from .processor import PLAIN, CrossAttentionProcessor
+from .processor import former_of
 
 Roots = dict[str, Any]
 """Prefix of the layers' names → the module they are in."""
@@ -18,14 +19,6 @@ Roots = dict[str, Any]
 def unwrapped(module: Any) -> Any:
     """The module itself, where `torch.compile` wrapped it."""
     return getattr(module, "_orig_mod", module)
-
-
-def is_compiled(module: Any, pipe: Any) -> bool:
-    """Whether a UNet is compiled, in place or as what the pipeline calls."""
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return True
-    called = getattr(pipe, "unet", None)
-    return called is not module and unwrapped(called) is module
 
 
 def roots(pipe: Any, *, controlnet: bool) -> Roots:
@@ -62,16 +55,9 @@ def layers_of(found: Roots) -> list[tuple[str, Any]]:
     return [(prefix + name, attn) for prefix, module in found.items() for name, attn in cross_attention_layers(module)]
 
 
-def former_of(processor: Any) -> Any:
-    """The processor that a layer has, or had before memkern's took its place."""
-    while type(processor) is CrossAttentionProcessor:
-        processor = processor.former
-    return processor
-
-
-def is_plain(attn: Any) -> bool:
-    """Whether a layer's own processor computes softmax(q kᵀ) v and nothing else."""
-    return type(former_of(attn.processor)) in PLAIN
+def is_known(attn: Any) -> bool:
+    """Whether it is known what a layer's own processor computes, so that memkern can compute it."""
+    return kind_of(former_of(attn.processor)) is not None
 
 
 def kv_refusals(layers: Sequence[tuple[str, Any]]) -> list[str]:
@@ -81,7 +67,7 @@ def kv_refusals(layers: Sequence[tuple[str, Any]]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, attn in layers:
         found = whole_refusals(attn)
-        if not is_plain(attn):
+        if not is_known(attn):
             kind = type(former_of(attn.processor)).__name__
             found.append(f"it has a {kind}, which may compute more than attention")
         for reason in found:

@@ -2,31 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-
 from ...ledger import KnownRow, KnownRows
 from ..session import Session
-
-WATCHED: dict[int, Callable[[torch.Tensor], None]] = {}
-"""What looks at the contexts of a compiled UNet, by the number that its graph carries."""
-
-_LIBRARY = torch.library.Library("memkern", "FRAGMENT")
-_LIBRARY.define("look(Tensor context, int site) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _look(context: torch.Tensor, site: int) -> torch.Tensor:
-    """A hook would break the graph of a compiled UNet; an operator in it may look."""
-    watch = WATCHED.get(site)
-    if watch is not None:
-        watch(context)
-    return context.clone()
-
-
-_LIBRARY.impl("look", _look, "CompositeExplicitAutograd")
-torch.library.register_fake("memkern::look", lambda context, site: torch.empty_like(context), lib=_LIBRARY)
-torch.library.register_autograd("memkern::look", lambda ctx, grad: (grad, None), lib=_LIBRARY)
 
 
 def judge(session: Session, rows: KnownRows, *, direct: bool) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .kv_stage import RowEdits
-from .layers import cross_attention_layers, former_of, is_plain
-from .processor import Computes, CrossAttentionProcessor
+from .layers import cross_attention_layers, is_known
+from .processor import Computes, CrossAttentionProcessor, former_of, is_ours, replacement
 from .schedule import Place
 
 
@@ -17,19 +17,19 @@ class Processors:
         self._placed: list[tuple[Any, CrossAttentionProcessor]] = []
 
     def place(self, module: Any, site: Computes, prefix: str) -> None:
-        """Put a processor into each cross-attention layer whose own is a plain one."""
+        """Put a processor into each cross-attention layer of whose own it is known what it computes."""
         for name, attn in cross_attention_layers(module):
             processor = attn.processor
-            if not is_plain(attn) or (type(processor) is CrossAttentionProcessor and processor.site is site):
+            if not is_known(attn) or (is_ours(processor) and processor.site is site):
                 continue
-            ours = CrossAttentionProcessor(former_of(processor), site, prefix + name)
+            ours = replacement(former_of(processor), site, prefix + name, attn)
             attn.set_processor(ours)
             self._placed = [kept for kept in self._placed if kept[0] is not attn] + [(attn, ours)]
 
     def take_out(self, module: Any, site: Computes) -> None:
         """Put back the very processors that were there, where ours still is."""
         for _, attn in cross_attention_layers(module):
-            if type(attn.processor) is CrossAttentionProcessor and attn.processor.site in (site, None):
+            if is_ours(attn.processor) and attn.processor.site in (site, None):
                 attn.set_processor(former_of(attn.processor))
         self._placed = []
 
@@ -45,9 +45,9 @@ class Processors:
 
 
 def foreign(module: Any) -> list[str]:
-    """The classes of processors that stay, since they compute more than attention; none where the module is gone."""
+    """The classes of processors that stay, since it is not known what they compute; none where the module is gone."""
     layers = [] if module is None else cross_attention_layers(module)
-    return [type(former_of(attn.processor)).__name__ for _, attn in layers if not is_plain(attn)]
+    return [type(former_of(attn.processor)).__name__ for _, attn in layers if not is_known(attn)]
 
 
 def missed_layers(
@@ -67,7 +67,7 @@ def missed_layers(
         if name in reached or not edits.wanted(name, place):
             continue
         cause = causes.get(name)
-        if cause is None and type(attn.processor) is not CrossAttentionProcessor:
+        if cause is None and not is_ours(attn.processor):
             cause = f"its processor was replaced by {type(attn.processor).__name__} since it was patched"
         elif cause is None and "forward" in vars(attn):
             cause = "its forward was replaced"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import nn
 
-PLAIN = (AttnProcessor, AttnProcessor2_0)
-"""Processors that compute softmax(q kᵀ) v and nothing else; any other is left in place."""
+from ..attention.layer import Images, kind_of
+from . import traced
 
 
 class Computes(Protocol):
@@ -24,9 +26,10 @@ class Computes(Protocol):
     edits_kv: bool
 
     def attend(
-        self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """The layer's output before its residual; None where its former processor is to compute it."""
+        self, name: str, attn: Any, former: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None,
+        images: Images | None,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """The layer's output; None where its former processor is to compute it."""
 
 
 class CrossAttentionProcessor:
@@ -35,15 +38,24 @@ class CrossAttentionProcessor:
     One whose patch is gone acts as the processor it replaced, and so does one that diffusers made anew by its class.
     """
 
-    def __init__(self, former: Any = None, site: Computes | None = None, name: str = "") -> None:
+    def __init__(self, former: Any = None, site: Computes | None = None, name: str = "", attn: Any = None) -> None:
         self.former = AttnProcessor2_0() if former is None else former
         self.site = site
         self.name = name
+        self.number = traced.new_number()
+        self._attn = None if attn is None else weakref.ref(attn)
+        traced.PROCESSORS[int(self.number)] = self
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """The class of the processor that was replaced: diffusers looks processors up in lists of its classes."""
         return type(self.former)
+
+    @property
+    def attn(self) -> Any:
+        """The layer it was put into; None once that is gone, or has another."""
+        attn = None if self._attn is None else self._attn()
+        return attn if attn is not None and attn.processor is self else None
 
     def __call__(
         self,
@@ -53,36 +65,43 @@ class CrossAttentionProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask)
-        if out is None:
-            return self.former(  # type: ignore[no-any-return]
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                temb=temb,
-            )
-        out = out + hidden_states if attn.residual_connection else out
-        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
-
-    def _attend(
-        self, attn: Attention, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """The layer's output before its residual; None where the former processor is to compute it."""
-        site = self.site
-        if site is None or not site.is_placed or not isinstance(context, torch.Tensor):
-            return None
-        if torch.compiler.is_compiling() and not site.edits_kv:
-            return None
-        made: torch.Tensor | None = self._untraced(site, attn, x, context, mask)
+        if not isinstance(encoder_hidden_states, torch.Tensor) or self._is_left(attn):
+            return self._former(attn, hidden_states, encoder_hidden_states, attention_mask, temb=temb)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return traced.attend(hidden_states, encoder_hidden_states, attention_mask, None, self.number)
+        made: torch.Tensor = self.compute(attn, hidden_states, encoder_hidden_states, attention_mask)
         return made
+
+    def _is_left(self, attn: Attention) -> bool:
+        # In a graph of which gradients are wanted nothing is looked up that edits nothing.
+        needs_graph = torch.compiler.is_compiling() and torch.is_grad_enabled()
+        return attn.spatial_norm is not None or (needs_graph and (self.site is None or not self.site.edits_kv))
 
     # Which rows are edited how is found in the values of the context, which a traced graph does not look at.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _untraced(
-        self, site: Computes, attn: Attention, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        return site.attend(self.name, attn, x, context, mask)
+    def compute(
+        self,
+        attn: Attention,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None,
+        images: Images | None = None,
+    ) -> torch.Tensor:
+        """The layer's output, of a context `[B, L, D]` and of the images beside it."""
+        site = self.site
+        if site is not None and site.is_placed:
+            out = site.attend(self.name, attn, self.former, x, context, mask, images)
+            if out is not None:
+                return out
+        if images is None:
+            return self._former(attn, x, context, mask)
+        return self._former(attn, x, (context, images.states), mask, ip_adapter_masks=images.masks)
+
+    def _former(
+        self, attn: Attention, x: torch.Tensor, context: Any, mask: torch.Tensor | None, **rest: Any
+    ) -> torch.Tensor:
+        out: torch.Tensor = self.former(attn, x, encoder_hidden_states=context, attention_mask=mask, **rest)
+        return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied UNet is not patched: it gets a copy of the processor that was there before."""
@@ -91,3 +110,67 @@ class CrossAttentionProcessor:
     def __reduce__(self) -> tuple[Any, ...]:
         """Nothing of memkern is pickled with a UNet."""
         return copy.copy, (self.former,)
+
+
+class ModuleProcessor(CrossAttentionProcessor, nn.Module):
+    """One in place of a processor that is a module: with its parameters, under their names."""
+
+    def __init__(self, former: Any = None, *args: Any, **named: Any) -> None:
+        nn.Module.__init__(self)
+        for held in ("_parameters", "_buffers", "_modules"):
+            vars(self)[held] = vars(former)[held]
+        CrossAttentionProcessor.__init__(self, former, *args, **named)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What it refers to is no part of it.
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["former"], name)
+
+
+class ImagesProcessor(ModuleProcessor):
+    """One in place of an IP-Adapter's: the text's part of the layer is edited and kept, the images' is as it was."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        scale: float = 1.0,
+        ip_adapter_masks: Any = None,
+    ) -> torch.Tensor:
+        # A tensor alone, of text and images together, is what diffusers has given up.
+        if not isinstance(encoder_hidden_states, tuple) or self._is_left(attn):
+            return self._former(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb=temb, ip_adapter_masks=ip_adapter_masks
+            )
+        if isinstance(ip_adapter_masks, torch.Tensor):
+            ip_adapter_masks = list(ip_adapter_masks.unsqueeze(1))
+        images = Images(list(encoder_hidden_states[1]), ip_adapter_masks)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return traced.attend(hidden_states, encoder_hidden_states[0], attention_mask, images, self.number)
+        made: torch.Tensor = self.compute(attn, hidden_states, encoder_hidden_states[0], attention_mask, images)
+        return made
+
+
+def is_ours(processor: Any) -> bool:
+    """Whether a processor is memkern's."""
+    return issubclass(type(processor), CrossAttentionProcessor)
+
+
+def former_of(processor: Any) -> Any:
+    """The processor that a layer has, or had before memkern's took its place."""
+    while is_ours(processor):
+        processor = processor.former
+    return processor
+
+
+def replacement(former: Any, site: Computes, name: str, attn: Any) -> CrossAttentionProcessor:
+    """A processor to put in place of `former`."""
+    if kind_of(former) == "images":
+        return ImagesProcessor(former, site, name, attn)
+    own = ModuleProcessor if isinstance(former, nn.Module) else CrossAttentionProcessor
+    return own(former, site, name, attn)

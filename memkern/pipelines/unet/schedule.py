@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+UNET_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
+"""What a UNet or ControlNet is called with first."""
+
 
 @dataclass(frozen=True)
 class Place:

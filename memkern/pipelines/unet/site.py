@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..attention.layer import Images, Layer
 from ..holders import LOCK, Holders, hook_on, inert, inert_reduced
 from ..session import Session, current
 from .call import CALL, Call
 from .contexts import Context, Contexts
-from .keeping import why_not_kept
-from .layers import is_compiled
-from .look import WATCHED, count, judge
+from .keeping import is_captured, why_not_kept
+from .look import count, judge
 from .placement import Processors, missed_layers
-from .schedule import Place, argument, position, sample_size
+from .schedule import UNET_ARGUMENTS, Place, argument, position, sample_size
+from .traced import NUMBERS, SITES
 
-_NUMBERS = itertools.count()
 
-
-# Of a UNet that is compiled by itself hooks are called outside its graph, as they are; where they are traced with it,
-# in a function of a user's own, the operator looks.
+# Hooks of a UNet that is compiled by itself may be called outside its graph, as they are; where they are traced with
+# it, operators take their place.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin(site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     site.begin(args, kwargs)
@@ -34,16 +32,15 @@ def _begin(site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: d
 def _traced_begin(
     site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if site.edits_kv:
-        site.begin(args, kwargs)
+    sample, time, context = (argument(name, i, args, kwargs) for i, name in enumerate(UNET_ARGUMENTS))
+    if not isinstance(context, torch.Tensor) or not isinstance(sample, torch.Tensor):
         return None
-    context = argument("encoder_hidden_states", 2, args, kwargs)
-    if not isinstance(context, torch.Tensor):
-        return None
-    looked = torch.ops.memkern.look(context, site.number)
-    if "encoder_hidden_states" in kwargs:
-        return args, {**kwargs, "encoder_hidden_states": looked}
-    return (*args[:2], looked, *args[3:]), kwargs
+    if not isinstance(time, torch.Tensor):
+        time = torch.full((), time, dtype=torch.float64, device="cpu")
+    looked = torch.ops.memkern.unet_begins(sample, context, time, site.number)
+    if "sample" in kwargs:
+        return args, {**kwargs, "sample": looked}
+    return (looked, *args[1:]), kwargs
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -52,9 +49,14 @@ def _end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any
 
 
 @torch.compiler.substitute_in_graph(_end, skip_signature_check=True)
-def _traced_end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if site.edits_kv:
-        site.end()
+def _traced_end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    # What depends on all layers: a UNet's sample, and of a ControlNet what its middle block makes.
+    if isinstance(output, tuple):
+        last = torch.ops.memkern.unet_ends(output[-1], site.number)
+        return (*output[:-1], last)
+    name = "sample" if hasattr(output, "sample") else "mid_block_res_sample"
+    output[name] = torch.ops.memkern.unet_ends(getattr(output, name), site.number)
+    return output
 
 
 class SiteHook(functools.partial[Any]):
@@ -86,7 +88,7 @@ class Site:
     """
 
     def __init__(self, module: Any, prefix: str) -> None:
-        self.prefix, self.number = prefix, next(_NUMBERS)
+        self.prefix, self.number = prefix, next(NUMBERS)
         self.holders, self.requests, self._computed, self._edited = Holders(), Holders(), Holders(), Holders()
         self.is_placed = self.edits_kv = False
         self._module = weakref.ref(module)
@@ -131,7 +133,7 @@ class Site:
         if module is None:
             return
         if held and not self._handles:
-            WATCHED[self.number] = _watcher(self)
+            SITES[self.number] = self
             self._handles = [
                 module.register_forward_pre_hook(SiteHook(_begin, self), with_kwargs=True),
                 module.register_forward_hook(SiteHook(_end, self)),
@@ -143,7 +145,7 @@ class Site:
             self.processors.take_out(module, self)
         self.is_placed, self.edits_kv = bool(self._computed), bool(self._edited)
         if not held:
-            WATCHED.pop(self.number, None)
+            SITES.pop(self.number, None)
             for handle in self._handles:
                 handle.remove()
             self._handles = []
@@ -169,8 +171,6 @@ class Site:
             return
         call = Call(self, *whose)
         CALL.set(call)
-        if is_compiled(self._module(), call.session.pipe):
-            call.session.left_alone["the UNet is compiled"] = None
         if isinstance(context, torch.Tensor) and context.dim() == 3:
             call.context, call.known = context, self._known(call, context)
             sample = sample_size(args, kwargs)
@@ -218,24 +218,8 @@ class Site:
         known, module = call.known, self._module()
         if known is None or module is None or not known.is_edited or known.rows is None or not call.computes:
             return
-        assert known.edits is not None
-        missed = missed_layers(module, self.prefix, known.edits, call.place, call.reached, call.causes)
         try:
-            if missed:
-                names = list(missed)
-                more = f" and {len(names) - 1} more" if names[1:] else ""
-                call.session.unreached.update(missed)
-                if not self.prefix:
-                    count(call.session, known.rows, shortfall=True)
-                call.session.unmitigated(
-                    f"keys and values of {len(names)} cross-attention layers were not edited: {names[0]}{more}: "
-                    f"{missed[names[0]]}"
-                )
-            absent = sorted(known.edits.sizes(call.place) - call.sizes) if not self.prefix else []
-            if absent:
-                count(call.session, known.rows, shortfall=True)
-                call.session.unreached.update({f"size {size}": "no layer of the call has it" for size in absent})
-                call.session.unmitigated(f"no cross-attention layer of this call has the size {', '.join(absent)}")
+            _find_missed(call, module)
             if not known.is_counted and not self.prefix:
                 count(call.session, known.rows)
         finally:
@@ -243,9 +227,10 @@ class Site:
             call.settle()
 
     def attend(
-        self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """A layer's output before its residual; None where its former processor is to compute it."""
+        self, name: str, attn: Any, former: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None,
+        images: Images | None,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """A layer's output; None where its former processor is to compute it."""
         call = self.call
         if call is None:
             # A layer that is called by itself.
@@ -260,6 +245,11 @@ class Site:
             edited = known.is_edited if known is not None else session.settings.applied == "kv"
             known = self._known(call, context) if edited else session.kept.setdefault(self, Contexts()).of(context)
         active = call.active(name, x, known, mask) if known.is_edited else ()
+        if active and is_captured(x):
+            # A graph of a stream would replay this prompt's keys for others.
+            call.reached.discard(name)
+            call.causes[name] = "a stream is being captured, in which nothing is edited"
+            active = None
         if active is None:
             return None
         reason = why_not_kept(x, context, mask) if call.accelerates else "accelerate=False"
@@ -267,32 +257,40 @@ class Site:
             session.left_alone[reason] = None
             if not active:
                 return None
-        out, made = known.attend(attn, x, context, active, session.settings.backend, keep=reason is None)
+        layer = Layer(attn, former)
+        out, made = known.attend(layer, x, context, images, active, session.settings.backend, keep=reason is None)
         if made is not None:
             session.layers[name] = made.choice
+            session.keeps()
         elif active and name not in session.layers:
             session.layers[name] = "edited, nothing kept"
         return out
 
 
-def _watcher(site: Site) -> Callable[[torch.Tensor], None]:
-    """What looks at a context for a compiled graph: it holds the site weakly."""
-    reference = weakref.ref(site)
+def _find_missed(call: Call, module: Any) -> None:
+    """Find what should have been edited in a call of `module`, and was not: layers, and sizes that none has.
 
-    def watch(context: torch.Tensor) -> None:
-        found = reference()
-        whose = None if found is None else _whose(found, context)
-        if found is None or whose is None or context.dim() != 3:
-            return
-        call = Call(found, *whose)
-        call.session.left_alone["the UNet is compiled"] = None
-        if found._known(call, context).is_edited:
-            call.session.unmitigated(
-                "the UNet was compiled before any pipeline edited keys and values; compile it anew, or call "
-                "torch.compiler.reset()"
-            )
-
-    return watch
+    Raises:
+        UnmitigatedError: there is something, and `on_unknown` is "raise".
+    """
+    session, known, prefix = call.session, call.known, call.site.prefix
+    assert known is not None
+    assert known.edits is not None
+    assert known.rows is not None
+    missed = missed_layers(module, prefix, known.edits, call.place, call.reached, call.causes)
+    absent = sorted(known.edits.sizes(call.place) - call.sizes) if not prefix else []
+    session.unreached.update(missed)
+    session.unreached.update({f"size {size}": "no layer of the call has it" for size in absent})
+    if (missed or absent) and not prefix:
+        count(session, known.rows, shortfall=True)
+    if missed:
+        name, *others = missed
+        more = f" and {len(others)} more" if others else ""
+        session.unmitigated(
+            f"keys and values of {len(missed)} cross-attention layers were not edited: {name}{more}: {missed[name]}"
+        )
+    if absent:
+        session.unmitigated(f"no cross-attention layer of this call has the size {', '.join(absent)}")
 
 
 def _whose(site: Site, context: Any = None) -> tuple[Session, bool] | None:

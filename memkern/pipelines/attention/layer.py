@@ -1,0 +1,96 @@
+"""A cross-attention layer with its own processor: what that computes, and which modules project for it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers.models import attention_processor as theirs
+from torch import nn
+
+Kind = Literal["plain", "fused", "images"]
+"""softmax(q kᵀ) v with K and V of two projections, or of one; or joined by attention to the images of IP-Adapters."""
+
+_KINDS: dict[type, Kind] = {
+    theirs.AttnProcessor: "plain",
+    theirs.AttnProcessor2_0: "plain",
+    theirs.SlicedAttnProcessor: "plain",
+    theirs.XFormersAttnProcessor: "plain",
+    theirs.FusedAttnProcessor2_0: "fused",
+    theirs.IPAdapterAttnProcessor: "images",
+    theirs.IPAdapterAttnProcessor2_0: "images",
+    **({theirs.IPAdapterXFormersAttnProcessor: "images"} if hasattr(theirs, "IPAdapterXFormersAttnProcessor") else {}),
+}
+
+_MODULES = {"AttnProcessor", "AttnProcessor2_0"}
+"""Plain processors that others than diffusers, such as IP-Adapter's own code, write as modules."""
+
+
+def kind_of(processor: Any) -> Kind | None:
+    """What a processor computes; None for one that may compute anything."""
+    own = type(processor)
+    if own in _KINDS:
+        return _KINDS[own]
+    if own.__name__ == "XFormersAttnProcessor" or (own.__name__ in _MODULES and issubclass(own, nn.Module)):
+        names = [*inspect.signature(own.__call__).parameters][1:6]
+        usual = ["attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb"]
+        return "plain" if names == usual else None
+    return None
+
+
+class Images(NamedTuple):
+    """What a layer reads beside the context.
+
+    Attributes:
+        states: of each IP-Adapter, `[B, images, tokens, D]`.
+        masks: of each, `[1, images, height, width]` or None; None for no masks at all.
+    """
+
+    states: list[torch.Tensor]
+    masks: list[torch.Tensor | None] | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A cross-attention layer.
+
+    Attributes:
+        attn: the module.
+        own: its processor, beneath memkern's.
+    """
+
+    attn: Any
+    own: Any
+
+    @property
+    def kind(self) -> Kind | None:
+        """What its own processor computes."""
+        return kind_of(self.own)
+
+    @property
+    def key_value_modules(self) -> dict[str, Any]:
+        """What makes K and V, by name."""
+        if self.kind == "fused":
+            return {"to_kv": self.attn.to_kv}
+        return {"to_k": self.attn.to_k, "to_v": self.attn.to_v}
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """All projections, by name."""
+        return {"to_q": self.attn.to_q, **self.key_value_modules, "to_out[0]": self.attn.to_out[0]}
+
+    def key_value(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V `[B, n, C]` of rows `[B, n, D]`."""
+        made = [module(rows) for module in self.key_value_modules.values()]
+        k, v = made[0].chunk(2, -1) if len(made) == 1 else made
+        return k, v
+
+    def key_value_shift(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What biases add to K and V, by what the projections make of zero: an adapter may have its part in it; None
+        where they have none.
+        """
+        if all(getattr(module, "bias", None) is None for module in self.key_value_modules.values()):
+            return None
+        return self.key_value(rows.new_zeros(1, 1, rows.shape[-1]))

@@ -1,0 +1,104 @@
+"""What a traced graph calls in place of memkern's hooks and processors: opaque operators in which they run as they do
+without a graph.
+
+A graph stays whole (`fullgraph=True`), and is not traced anew for another prompt, policy or adapter: sites and layers
+are found by number. Graphs of a stream are made around these operators, not of them (`cudagraph_unsafe`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..attention.layer import Images
+
+SITES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""The sites whose hooks graphs may call, by number."""
+
+PROCESSORS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""The processors that graphs may call, by number."""
+
+NUMBERS = itertools.count()
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+_LIBRARY = torch.library.Library("memkern", "FRAGMENT")
+_LIBRARY.define("unet_begins(Tensor sample, Tensor context, Tensor time, int site) -> Tensor", tags=_TAGS)
+_LIBRARY.define("unet_ends(Tensor output, int site) -> Tensor", tags=_TAGS)
+_LIBRARY.define(
+    "cross_attention(Tensor x, Tensor context, Tensor[] states, Tensor?[] masks, Tensor? attention_mask, Tensor layer, "
+    "ScalarType? autocast) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def _unet_begins(sample: torch.Tensor, context: torch.Tensor, time: torch.Tensor, site: int) -> torch.Tensor:
+    # What all layers depend on passes through, so that none runs before; the context is left the tensor it is.
+    found = SITES.get(site)
+    if found is not None:
+        found.begin((sample, time, context), {})
+    return sample.clone()
+
+
+def _unet_ends(output: torch.Tensor, site: int) -> torch.Tensor:
+    found = SITES.get(site)
+    if found is not None:
+        found.end()
+    return output.clone()
+
+
+def _cross_attention(
+    x: torch.Tensor,
+    context: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor | None],
+    attention_mask: torch.Tensor | None,
+    layer: torch.Tensor,
+    autocast: torch.dtype | None,
+) -> torch.Tensor:
+    processor = PROCESSORS.get(int(layer))
+    attn = None if processor is None else processor.attn
+    if processor is None or attn is None:
+        raise RuntimeError(
+            "memkern: a compiled graph calls a cross-attention layer that is gone; call torch.compiler.reset()"
+        )
+    images = Images(list(states), list(masks) or None) if states else None
+    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        out: torch.Tensor = processor.compute(attn, x, context, attention_mask, images)
+    return out.contiguous()
+
+
+def _like(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    autocast = rest[-1] if isinstance(rest[-1], torch.dtype) else None
+    return x.new_empty(x.shape, dtype=autocast)
+
+
+for _name, _implementation in (
+    ("unet_begins", _unet_begins),
+    ("unet_ends", _unet_ends),
+    ("cross_attention", _cross_attention),
+):
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"memkern::{_name}", _like, lib=_LIBRARY)
+torch.library.register_autograd("memkern::unet_begins", lambda ctx, grad: (grad, None, None, None), lib=_LIBRARY)
+torch.library.register_autograd("memkern::unet_ends", lambda ctx, grad: (grad, None), lib=_LIBRARY)
+
+
+def attend(
+    x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None, images: Images | None, number: torch.Tensor
+) -> torch.Tensor:
+    """The operator of one layer, as a graph calls it: `[B, N, C]` in autocast's dtype, if that is on."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    states, masks = ([], []) if images is None else (images.states, images.masks or [])
+    made: torch.Tensor = torch.ops.memkern.cross_attention(x, context, states, masks, mask, number, autocast)
+    return made
+
+
+def new_number() -> torch.Tensor:
+    """A number to find something by, as a tensor, by whose value no graph is traced anew; int64 `[]`."""
+    with torch.inference_mode(False):
+        return torch.tensor(next(NUMBERS), dtype=torch.int64, device="cpu")

@@ -1,0 +1,66 @@
+"""Every way in which people run a pipeline is protected and accelerated, or memkern says what is not and why."""
+
+from __future__ import annotations
+
+import pytest
+from ways import LIBRARIES, QUANTIZED, STAGES, WAYS, pipelines, quantized_verdicts, verdict
+
+LEFT = {
+    "a processor of one's own": {"embeds": "keep their own processors: Unknown", "kv": "it has a Unknown"},
+    "sequential offload": {"embeds": "to_k has hooks", "kv": "to_k has hooks"},
+    "group offload": {"embeds": "to_k has hooks", "kv": "to_k has hooks"},
+}
+"""What is not accelerated, and what is said of it."""
+
+
+@pytest.fixture(scope="module")
+def made():
+    return pipelines()
+
+
+def holds(found, name, stage):
+    said = LEFT.get(name, {}).get(stage)
+    if said is None:
+        assert found.protected, found
+        assert found.accelerated, found
+    else:
+        assert said in found.told
+        assert found.protected or "refused" in found.told
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in (*QUANTIZED, "PAG")])
+@pytest.mark.parametrize("family", ["SD", "SDXL"])
+def test_each_way(made, family, name, stage):
+    holds(verdict(made[family], name, stage), name, stage)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", STAGES)
+def test_pag(tokenizers, stage):
+    from families import sd_families
+
+    holds(verdict(sd_families(tokenizers)["StableDiffusionPAGPipeline"], "PAG", stage), "PAG", stage)
+
+
+@pytest.mark.skipif(not LIBRARIES.is_dir(), reason="libraries that quantize are not there; `make` puts them there")
+def test_g13_quantized_weights_are_called():
+    """With the libraries themselves, in a process of their own."""
+    found = quantized_verdicts()
+    assert set(found) == {"SD", "SDXL"}
+    for ways in found.values():
+        assert set(ways) == set(QUANTIZED)
+        for name, stages in ways.items():
+            for stage, one in stages.items():
+                holds(one, name, stage)
+
+
+AFTER = [name for name in WAYS if "compile" in name and "IP-Adapter" not in name]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", AFTER)
+def test_compiled_after_patching(made, name, stage):
+    holds(verdict(made["SD"], name, stage, last=True), name, stage)
