@@ -18,6 +18,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from companions import COMPANIONS  # noqa: E402
 from families import sd_families, sdxl_families  # noqa: E402
 from vocabulary import clip_vocabulary  # noqa: E402
+from ways import QUANTIZED, STAGES, WAYS, Verdict, pipelines, quantized_verdicts  # noqa: E402
+from ways import verdict as verdict_of_way  # noqa: E402
 
 import memkern  # noqa: E402
 from memkern.testing import clip_tokenizer  # noqa: E402
@@ -26,6 +28,7 @@ TABLE = HERE.parents[1] / "docs" / "compatibility.md"
 README = HERE.parents[1] / "README.md"
 MARKS = "<!-- made by tests/pipelines/compatibility.py -->", "<!-- until here -->"
 NOT_APPLICABLE = "–"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def verdict(make, companion) -> str:
@@ -92,6 +95,59 @@ def render(rows: dict[str, list[str]]) -> str:
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]) + "\n"
 
 
+def ways() -> dict[str, dict[str, dict[str, Verdict]]]:
+    """Way → family → stage → what is so."""
+    quantized = quantized_verdicts()
+    makes = pipelines()
+    pag = sd_families(dict.fromkeys(("sd1", "sd2"), makes["SD"]().pipe.tokenizer))["StableDiffusionPAGPipeline"]
+    found: dict[str, dict[str, dict[str, Verdict]]] = {}
+    for name in WAYS:
+        for family, make in makes.items():
+            if name in QUANTIZED:
+                verdicts = quantized[family][name] if quantized else {}
+            else:
+                chosen = pag if (name, family) == ("PAG", "SD") else make
+                verdicts = {stage: verdict_of_way(chosen, name, stage) for stage in STAGES}
+            found.setdefault(name, {})[family] = verdicts
+            print(name, family, verdicts, flush=True)
+    return found
+
+
+def render_ways(found: dict[str, dict[str, dict[str, Verdict]]]) -> str:
+    """Markdown: a row for each way and stage; what is said where something is not so is a note below."""
+    lines = [
+        "",
+        "## Ways to run a pipeline",
+        "",
+        "StableDiffusionPipeline and StableDiffusionXLPipeline, patched with `zero-pad:0.7` at each stage.",
+        "*protected*: the image is that of an unpatched pipeline, run in the same way, that is given the edited context.",
+        "*accelerated*: every cross-attention layer is computed from what is kept of the context. *told*: what is said",
+        "where either is not so.",
+        "",
+        "| way | stage | SD protected | SD accelerated | SDXL protected | SDXL accelerated | told |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    notes: list[str] = []
+    for name, families in found.items():
+        for stage in STAGES:
+            cells, said = [], ""
+            for family in ("SD", "SDXL"):
+                one = families[family].get(stage)
+                if one is None or one.protected is None:
+                    cells += [NOT_APPLICABLE] * 2
+                    continue
+                refused = one.told.startswith("refused")
+                shown = "no, told" if one.told else "no, silently"
+                cells.append("yes" if one.protected else "refused" if refused else shown)
+                cells.append("yes" if one.accelerated else NOT_APPLICABLE if refused else shown)
+                said = said or (one.told if not (one.protected and one.accelerated) else "")
+            if said and said not in notes:
+                notes.append(said)
+            told = f"[{LETTERS[notes.index(said)]}]" if said else NOT_APPLICABLE
+            lines.append(f"| {name} | {stage} | {' | '.join(cells)} | {told} |")
+    return "\n".join([*lines, "", *(f"{LETTERS[index]}. {note}" for index, note in enumerate(notes))]) + "\n"
+
+
 def summary(rows: dict[str, list[str]]) -> str:
     """Markdown for the README: of each pipeline the stages, and the companions that it was run with."""
     lines = ["| pipeline | stages | run with |", "| --- | --- | --- |"]
@@ -104,9 +160,9 @@ def summary(rows: dict[str, list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: dict[str, list[str]]) -> None:
-    """Write the table, and its summary between the README's marks."""
-    TABLE.write_text(render(rows), encoding="utf-8")
+def write(rows: dict[str, list[str]], found: dict[str, dict[str, dict[str, Verdict]]]) -> None:
+    """Write the tables, and a summary between the README's marks."""
+    TABLE.write_text(render(rows) + render_ways(found), encoding="utf-8")
     before, _, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
     behind = rest.partition(MARKS[1])[2]
     README.write_text(f"{before}{MARKS[0]}\n{summary(rows)}{MARKS[1]}{behind}", encoding="utf-8")
@@ -123,7 +179,7 @@ def main() -> None:
     for name, make in {**sd_families(tokenizers), **sdxl_families(tokenizers)}.items():
         rows[name] = [verdict(make, companion) for companion in (None, *COMPANIONS.values())]
         print(name, rows[name], flush=True)
-    write(rows)
+    write(rows, ways())
 
 
 if __name__ == "__main__":
