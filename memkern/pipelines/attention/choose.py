@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -139,7 +139,10 @@ def prepare(attn: Any, x: torch.Tensor, source: Source, context: torch.Tensor, b
         return Prepared(choice, None, None)
     keys = 2 * sum(source.keys.counts) * x.shape[2] * x.itemsize
     if fastest == "absorbed":
-        return Prepared(choice, absorbed(attn, source, backend, context), Weights(attn), attn.heads * keys)
+        made = absorbed(attn, source, backend, context)
+        if made is not None:
+            return Prepared(choice, made[0], Weights(attn), made[1])
+        choice = replace(choice, path="projected", reasons=(f"multiplied out it is beyond {x.dtype}",))
     if unreadable:
         return Prepared(choice, projected(attn, source, backend), None)
     return Prepared(choice, projected(attn, source, backend, context), Weights(attn), keys)

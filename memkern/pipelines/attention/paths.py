@@ -45,25 +45,34 @@ def projected(attn: Any, source: Source, backend: str, context: torch.Tensor | N
     return attend
 
 
-def absorbed(attn: Any, source: Source, backend: str, context: torch.Tensor) -> Attend:
-    """One operator in place of the layer; its weights are read, and none of its modules called."""
-    k, v = (split_heads(rows, attn.heads) for rows in source.project(attn, context))  # [B, H, n, D]
+def absorbed(attn: Any, source: Source, backend: str, context: torch.Tensor) -> tuple[Attend, int] | None:
+    """One operator in place of the layer, and the bytes it keeps; weights are read, and no module is called.
+
+    None where float16 has no room for it: what is multiplied out may be larger than all that it is made of.
+    """
+    k, v = (split_heads(rows, attn.heads).float() for rows in source.project(attn, context))  # [B, H, n, D]
     to_q, to_out = attn.to_q, attn.to_out[0]
-    q_weight, o_weight = (module.weight.detach() for module in (to_q, to_out))
+    q_weight, o_weight = (module.weight.detach().float() for module in (to_q, to_out))
+    # In float32, and rounded once.
     a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * attn.scale  # [B, H, n, C]
     vo = v @ o_weight.view(o_weight.shape[0], attn.heads, -1).permute(1, 2, 0)
     bias = source.keys.bias
     if to_q.bias is not None:
-        shift = (k.float() @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * attn.scale
+        shift = (k @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * attn.scale
         bias = bias.unsqueeze(1) + shift  # [B, H, n]
-    if k.device.type == "cpu":
+    on_cpu, vo = context.device.type == "cpu", vo.to(context.dtype)
+    a = a if on_cpu else a.to(context.dtype)
+    if context.dtype == torch.float16 and not (a.isfinite().all() & vo.isfinite().all()):
+        return None
+    if on_cpu:
         return _absorbed_rows(a, bias, vo, to_out.bias, source.keys.counts)
-    return lambda x, context: ops.absorbed_attention(x, a, bias, vo, to_out.bias, backend=backend)
+    kept = a.nbytes + vo.nbytes
+    return lambda x, context: ops.absorbed_attention(x, a, bias, vo, to_out.bias, backend=backend), kept
 
 
 def _absorbed_rows(
     a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None, counts: tuple[int, ...]
-) -> Attend:
+) -> tuple[Attend, int]:
     """On the CPU every sequence is as wide as its own keys, up to a multiple of 8 over all heads."""
     heads, channels = a.shape[1], a.shape[3]
     step = 8 // math.gcd(heads, 8)
@@ -72,7 +81,7 @@ def _absorbed_rows(
         width = -(-max(1, left) // step) * step
         own_a, own_vo = (rows[b, :, :width].reshape(-1, channels) for rows in (a, vo))  # [H·n, C]
         own_bias = bias[b, ..., :width].reshape(-1, width).contiguous()
-        parts.append((cpu.Product(own_a), own_bias, cpu.Product(own_vo.mT, out_bias)))
+        parts.append((cpu.Softmax(own_a, own_bias, vo.dtype), cpu.Product(own_vo.mT, out_bias)))
 
     def attend(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -80,7 +89,7 @@ def _absorbed_rows(
             cpu.absorb_rows(x[b], *part, out[b])
         return out
 
-    return attend
+    return attend, sum(softmax.nbytes + output.nbytes for softmax, output in parts)
 
 
 def _projected_rows(attn: Any, source: Source, k: torch.Tensor, v: torch.Tensor) -> Attend:
