@@ -58,7 +58,7 @@ def test_cross_attention(benchmark, against, layer, keys, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("layer", SD15, ids=named)
 def test_products(benchmark, layer, dtype):
-    """The two products of an absorbed layer and the softmax between them, 77 keys, alone: what the layers above cannot be faster than here."""
+    """The two products of an absorbed layer with the softmax between, 77 keys: no layer above can be faster here."""
     keys = 77 * layer.heads
     x = torch.randn(layer.queries, layer.width).to(dtype)
     a, vo = torch.randn(2, keys, layer.width).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -99,12 +100,13 @@ class Softmax:
         a = a.to(dtype if dtype == torch.bfloat16 else torch.float32).contiguous()
         multiplied = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_tiles())
         self._product = Product(a) if multiplied else None
-        self._panels = None if multiplied else _pack_panels(a)
+        self._panels: Any = None if multiplied else _pack_panels(a)
 
     @property
     def nbytes(self) -> int:
         """Of what is kept."""
-        return self._product.nbytes if self._product is not None else self._panels.nbytes
+        kept: Product | torch.Tensor = self._product or self._panels
+        return kept.nbytes
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """`[N, H·n]` for contiguous rows `[N, C]`."""
