@@ -11,6 +11,7 @@ What was built, or why not, is written to `memkern/build.json`, which `memkern i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -157,11 +158,23 @@ def version() -> str:
     return re.findall(r'__version__ = "(.*)"', (PACKAGE / "version.py").read_text())[0]
 
 
+def fingerprint(library: Path) -> dict[str, object]:
+    """What a library is known by before it is loaded."""
+    content = library.read_bytes()
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def record(folder: Path, cpp: str = CPP_REASON, cuda_reason: str = CUDA_REASON, cuda: object = None) -> None:
     """Write what was built, or why not, into the package at `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     outcome = {"version": version(), "mode": MODE, "cpp": not cpp, "cuda": cuda}
     outcome |= {"reason": cpp, "cuda_reason": cuda_reason}
+    made = (*(["_C"] if not cpp else []), *(["_cuda"] if cuda else []))
+    libraries = [path for name in made for path in sorted(folder.glob(f"{name}.*"))]
+    if libraries:
+        import torch
+
+        outcome |= {"torch": torch.__version__, "libraries": {path.name: fingerprint(path) for path in libraries}}
     (folder / "build.json").write_text(json.dumps(outcome, indent=2) + "\n")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from .ops import backends
+from .ops.compiled import Unreadable, read_record
+from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Info:
 
 def info() -> Info:
     """Describe this installation."""
-    versions = {"memkern": _version("memkern"), "python": platform.python_version()}
-    versions |= {name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")}
+    # Of what is running: metadata may be of another installation.
+    versions = {"memkern": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: _version(name) for name in ("diffusers", "transformers", "triton")}
     versions["cuda"] = torch.version.cuda or "absent: torch is a CPU build"
     states = {name: "; ".join(_against(name)) or "available" for name in backends.BACKENDS if name != "auto"}
     return Info(versions, _build(), states, tuple(backends.failures()))
@@ -61,14 +62,21 @@ def _version(name: str) -> str:
 
 
 def _build() -> str:
-    record = Path(__file__).with_name("build.json")
-    if not record.exists():
-        return "no record: not installed by its setup.py"
-    built = json.loads(record.read_text())
-    cpp = "with the compiled CPU library" if built["cpp"] else f"without the compiled CPU library: {built['reason']}"
+    try:
+        built = read_record()
+    except Unreadable as reason:
+        return str(reason)
+    passed_by = {
+        name: f", which is not in use (see backend {name})" if backends.installed(name) else ""
+        for name in ("cpp", "cuda")
+    }
+    cpp = f"without the compiled CPU library: {built['reason']}"
+    if built["cpp"]:
+        cpp = f"with the compiled CPU library{passed_by['cpp']}"
     cuda = built["cuda"]
     if cuda is None:
         gpu = f"without the CUDA library: {built['cuda_reason']}"
     else:
-        gpu = f"with the CUDA library (nvcc {cuda['nvcc']}: {' '.join(cuda['architectures'])})"
-    return f"{cpp}; {gpu} (MEMKERN_BUILD={built['mode']})"
+        gpu = f"with the CUDA library (nvcc {cuda['nvcc']}: {' '.join(cuda['architectures'])}){passed_by['cuda']}"
+    torch_then = f", torch {built['torch']}" if "torch" in built else ""
+    return f"{cpp}; {gpu} (memkern {built['version']}{torch_then}, MEMKERN_BUILD={built['mode']})"

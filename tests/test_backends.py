@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from libraries import write_record
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memkern
@@ -133,7 +134,10 @@ def test_a_cuda_library_that_does_not_load_is_named_with_both_versions(tmp_path,
     assert backends.load_cuda(library) == f"torch {torch.__version__} is built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     expected = f"the compiled CUDA library does not load with torch {torch.__version__} (CUDA 13.0): "
+    assert backends.load_cuda(library).startswith(f"{expected}there is no build.json")
+    write_record(tmp_path)
     assert backends.load_cuda(library).startswith(expected)
+    assert backends.load_cuda(library).endswith("(built with torch 2.99)")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

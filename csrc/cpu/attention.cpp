@@ -1,11 +1,11 @@
 #include "attention.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string_view>
 
+#include "levels.h"
 #include "numeric.h"
+#include "panels.h"
 
 // Generic vectors are cut down to what the function's instruction set has before functions are cloned or
 // inlined, so all that uses them is compiled per set, from the same text.
@@ -55,21 +55,19 @@ struct Kernels {
   decltype(&any::attend) attend;
   decltype(&any::add_mass) add_mass;
   decltype(&any::softmax_heads) softmax_heads;
+  decltype(&any::multiply_panels) multiply_panels;
 };
 
-// ATEN_CPU_CAPABILITY=default or avx2 holds torch's own kernels to an older set, and these.
 Kernels choose() {
 #ifdef MEMKERN_LEVELS
-  const char* name = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view most = name == nullptr ? "" : name;
-  if (most != "default" && most != "avx2" && __builtin_cpu_supports("x86-64-v4")) {
-    return {v4::attend, v4::add_mass, v4::softmax_heads};
+  if (!held_to("default") && !held_to("avx2") && __builtin_cpu_supports("x86-64-v4")) {
+    return {v4::attend, v4::add_mass, v4::softmax_heads, v4::multiply_panels};
   }
-  if (most != "default" && __builtin_cpu_supports("x86-64-v3")) {
-    return {v3::attend, v3::add_mass, v3::softmax_heads};
+  if (!held_to("default") && __builtin_cpu_supports("x86-64-v3")) {
+    return {v3::attend, v3::add_mass, v3::softmax_heads, v3::multiply_panels};
   }
 #endif
-  return {any::attend, any::add_mass, any::softmax_heads};
+  return {any::attend, any::add_mass, any::softmax_heads, any::multiply_panels};
 }
 
 const Kernels& kernels() {
@@ -92,6 +90,10 @@ void add_mass(const Head& head, const float* q, int64_t q_stride, int64_t rows, 
 void softmax_heads(const float* logits, const float* bias, int64_t bias_stride, int64_t heads, int64_t keys,
                    float* weights, float* out) {
   kernels().softmax_heads(logits, bias, bias_stride, heads, keys, weights, out);
+}
+
+void multiply_panels(const float* left, int64_t rows, const Panels& right, float* out) {
+  kernels().multiply_panels(left, rows, right, out);
 }
 
 }  // namespace memkern

@@ -87,20 +87,20 @@ MEMKERN_INLINE void product_tile(const float* left, int64_t left_stride, const f
 // out [R, columns] = left [R, inner] right [inner, columns]; columns are padded.
 template <int R>
 MEMKERN_INLINE void product(const float* left, int64_t left_stride, const float* right, int64_t inner,
-                            int64_t columns, float* out) {
+                            int64_t columns, float* out, int64_t out_stride) {
   for (int64_t begin = 0; begin < columns; begin += int64_t{kTile} * kWidth) {
     const int64_t vectors = (columns - begin) / kWidth;
     const float* part = right + begin;
     if (vectors >= kTile) {
-      product_tile<R, kTile>(left, left_stride, part, columns, inner, out + begin, columns);
+      product_tile<R, kTile>(left, left_stride, part, columns, inner, out + begin, out_stride);
     } else if (vectors == 4) {
-      product_tile<R, 4>(left, left_stride, part, columns, inner, out + begin, columns);
+      product_tile<R, 4>(left, left_stride, part, columns, inner, out + begin, out_stride);
     } else if (vectors == 3) {
-      product_tile<R, 3>(left, left_stride, part, columns, inner, out + begin, columns);
+      product_tile<R, 3>(left, left_stride, part, columns, inner, out + begin, out_stride);
     } else if (vectors == 2) {
-      product_tile<R, 2>(left, left_stride, part, columns, inner, out + begin, columns);
+      product_tile<R, 2>(left, left_stride, part, columns, inner, out + begin, out_stride);
     } else {
-      product_tile<R, 1>(left, left_stride, part, columns, inner, out + begin, columns);
+      product_tile<R, 1>(left, left_stride, part, columns, inner, out + begin, out_stride);
     }
   }
 }
@@ -134,12 +134,12 @@ MEMKERN_INLINE void attend_rows(const Head& head, const float* q, int64_t q_stri
   const int64_t keys = padded(head.keys);
   const int64_t width = padded(head.width);
   float* values = scratch + R * keys;
-  product<R>(q, q_stride, head.k, head.width, keys, scratch);
+  product<R>(q, q_stride, head.k, head.width, keys, scratch, keys);
   float inverse[R];
   for (int r = 0; r < R; ++r) {
     inverse[r] = softmax(scratch + r * keys, head.bias, keys, scratch + r * keys);
   }
-  product<R>(scratch, keys, head.v, head.keys, width, values);
+  product<R>(scratch, keys, head.v, head.keys, width, values, width);
   for (int r = 0; r < R; ++r) {
     for (int64_t i = 0; i < head.width; ++i) {
       out[r * out_stride + i] = values[r * width + i] * inverse[r];
@@ -162,7 +162,7 @@ template <int R>
 MEMKERN_INLINE void mass_rows(const Head& head, const float* q, int64_t q_stride, const float* weight,
                               float* by_key, float* by_query, float* scratch) {
   const int64_t keys = padded(head.keys);
-  product<R>(q, q_stride, head.k, head.width, keys, scratch);
+  product<R>(q, q_stride, head.k, head.width, keys, scratch, keys);
   for (int r = 0; r < R; ++r) {
     float* row = scratch + r * keys;
     const float inverse = softmax(row, head.bias, keys, row);
@@ -196,5 +196,23 @@ void softmax_heads(const float* logits, const float* bias, int64_t bias_stride, 
     for (int64_t i = 0; i < count; i += kWidth) {
       store(load(weights + i) * inverse, out + head * keys + i);
     }
+  }
+}
+
+template <int R>
+MEMKERN_INLINE void panel_rows(const float* left, const Panels& right, float* out) {
+  for (int64_t begin = 0; begin < right.columns; begin += kPanel) {
+    const float* panel = static_cast<const float*>(right.data) + begin * right.inner;
+    product<R>(left, right.inner, panel, right.inner, kPanel, out + begin, right.stride());
+  }
+}
+
+void multiply_panels(const float* left, int64_t rows, const Panels& right, float* out) {
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    panel_rows<kRows>(left + row * right.inner, right, out + row * right.stride());
+  }
+  for (; row < rows; ++row) {
+    panel_rows<1>(left + row * right.inner, right, out + row * right.stride());
   }
 }

@@ -4,6 +4,7 @@
 device; "cpp", "cuda" and "triton" name one, and "torch" runs the reference in the open.
 """
 
+from . import single  # noqa: F401  # before anything is registered
 from .absorbed_attention import absorbed_attention
 from .attention_mass import attention_mass
 from .backends import BACKENDS

@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..version import __version__
+from .compiled import load_cpp, load_cuda
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "torch")
 
@@ -36,48 +34,10 @@ _UNABLE = (
 )
 """What a RuntimeError says when a kernel cannot be launched at all; any other is a fault, and is raised."""
 
-_BUILD = Path(__file__).parents[1] / "build.json"
 _logger = logging.getLogger("memkern")
 _serves: dict[str, tuple[str, ...]] = {}
 _failed: dict[tuple[object, ...], str] = {}
 _told: set[object] = set()
-
-
-def built_for_another(record: Path) -> str | None:
-    """Why libraries of another version, left behind by an update without a build, are not loaded; or None."""
-    if not record.exists():
-        return None
-    version = json.loads(record.read_text()).get("version", __version__)
-    return None if version == __version__ else f"was built for memkern {version}, this is {__version__}: install again"
-
-
-def _load_cpp() -> str | None:
-    """Load the compiled CPU library, which registers itself; the reason why not, or None."""
-    if stale := built_for_another(_BUILD):
-        return f"the compiled CPU library {stale}"
-    try:
-        from .. import _C  # type: ignore[attr-defined]  # noqa: F401
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
-            return "the compiled CPU library is not part of this installation (see `memkern info`)"
-        return f"the compiled CPU library does not load with torch {torch.__version__}: {error}"
-    return None
-
-
-def load_cuda(path: Path) -> str | None:
-    """Load the compiled CUDA library, which registers itself; the reason why not, or None."""
-    if not path.exists():
-        return "the compiled CUDA library is not part of this installation (see `memkern info`)"
-    if stale := built_for_another(_BUILD):
-        return f"the compiled CUDA library {stale}"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        here = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
-        return f"the compiled CUDA library does not load with {here}: {error}"
-    return None
 
 
 def _find_triton() -> str | None:
@@ -89,8 +49,8 @@ def _find_triton() -> str | None:
 
 
 _MISSING = {
-    "cpp": _load_cpp(),
-    "cuda": load_cuda(Path(__file__).parents[1] / "_cuda.abi3.so"),
+    "cpp": load_cpp(),
+    "cuda": load_cuda(),
     "triton": _find_triton(),
 }
 

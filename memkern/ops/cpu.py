@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from .attention import per_head, without_excluded
 
 _LIBRARY = torch.library.Library("memkern_cpu", "DEF")
-# logits [N, H, n], contiguous, becomes softmax(logits + bias) over n, in float; bias float32 [1, n] or [H, n].
+# logits float32 [N, H, n], contiguous, becomes softmax(logits + bias) over n; bias float32 [1, n] or [H, n].
 _LIBRARY.define("biased_softmax_(Tensor(a!) logits, Tensor bias) -> ()")
+# x [N, C], contiguous, a [H·n, C] packed: softmax(x aᵀ + bias) [N, H·n] in x's dtype, the logits in float32.
+_LIBRARY.define("absorbed_softmax(Tensor x, Tensor a, Tensor bias, int heads) -> Tensor")
+# a [O, C], contiguous: its columns in panels, as bfloat16 where it is that and the processor multiplies it.
+_LIBRARY.define("pack_panels(Tensor a) -> Tensor")
 # q [B, N, H, D], contiguous, k and v [B, H, n, D], bias float32 [B, 1, n] or [B, H, n]: [B, N, H, D].
 _LIBRARY.define("biased_attention(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor")
 # q, k and bias as before, weight float32 [B, n]: sums of p over queries [B, H, n], and p · weight [B, H, N].
 _LIBRARY.define("attention_mass(Tensor q, Tensor k, Tensor bias, Tensor weight, float scale) -> (Tensor, Tensor)")
 _biased_softmax_ = torch.ops.memkern_cpu.biased_softmax_.default
+_absorbed_softmax = torch.ops.memkern_cpu.absorbed_softmax.default
+_pack_panels = torch.ops.memkern_cpu.pack_panels.default
 _attention_mass = torch.ops.memkern_cpu.attention_mass.default
 _biased_attention = torch.ops.memkern_cpu.biased_attention.default
 
@@ -23,7 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the operators below compute, in float32; anything else is the reference's."""
 
 TILE_BYTES = 1 << 22
-"""Of logits, so that they stay in cache between the two products."""
+"""Of probabilities, so that they stay in cache between the two products."""
 
 PROJECTED_BYTES = 1 << 20
 """Of projected queries, so that they and what is attended stay in cache, and in memory that is used again."""
@@ -41,7 +48,13 @@ class Product:
         self.bias = bias
         self.outputs = weight.shape[0]
         self.reordered = reorder and _serves(weight.dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.reordered else weight
+        weight = weight.contiguous()  # in float16 torch takes six times as long otherwise
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.reordered else weight
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept."""
+        return self.weight.numel() * self.weight.itemsize
 
     def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """`[N, O]`, in `out` if that is given."""
@@ -65,26 +78,66 @@ def _serves(dtype: torch.dtype) -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(getattr(torch.ops.mkldnn, names[dtype])())
 
 
+@functools.cache
+def _has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 by tiles (AMX): two of oneDNN's products take less than one of ours."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and bool(asked()) and _serves(torch.bfloat16)
+
+
+class Softmax:
+    """`softmax(rows aᵀ + bias)` over each head's keys, for many rows. The logits are float32, whatever the rows are.
+
+    Args:
+        a: `[H·n, C]`; multiplied as it is, or as bfloat16 where the rows are.
+        bias: float32 `[1, n]` or `[H, n]`, contiguous; rows of a that it excludes are finite.
+        dtype: of the rows and of the result: float32, float16 or bfloat16.
+    """
+
+    def __init__(self, a: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> None:
+        self.bias, self.outputs = bias, a.shape[0]
+        self._heads = a.shape[0] // max(1, bias.shape[1])
+        a = a.to(dtype if dtype == torch.bfloat16 else torch.float32).contiguous()
+        multiplied = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_tiles())
+        self._product = Product(a) if multiplied else None
+        self._panels: Any = None if multiplied else _pack_panels(a)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept."""
+        kept: Product | torch.Tensor = self._product or self._panels
+        return kept.nbytes
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[N, H·n]` for contiguous rows `[N, C]`."""
+        if self._product is None:
+            made: torch.Tensor = _absorbed_softmax(rows, self._panels, self.bias, self._heads)
+            return made
+        p = self._product(rows)
+        if rows.dtype == torch.bfloat16:
+            # What the product's rounding took is the result of a second one.
+            rest = torch.ops.mkldnn._linear_pointwise.binary(rows, p, self._product.weight, None, "sub")
+            p = p.float().add_(rest)
+        _biased_softmax_(p.view(len(p), self._heads, -1), self.bias)
+        return p.to(rows.dtype)
+
+
 def _tiles(count: int, most: int) -> list[slice]:
     """Rows 0…count in parts of equal size, of about `most` rows and no fewer than 64."""
     size = max(1, -(-count // max(1, round(count / max(64, most)))))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def absorb_rows(x: torch.Tensor, logits: Product, bias: torch.Tensor, output: Product, out: torch.Tensor) -> None:
+def absorb_rows(x: torch.Tensor, softmax: Softmax, output: Product, out: torch.Tensor) -> None:
     """`absorbed_attention` of one sequence into `out`, float32, float16 or bfloat16.
 
     Args:
         x, out: `[N, C]`, contiguous.
-        logits: of a, `[H·n, C]`.
-        bias: float32 `[1, n]` or `[H, n]`, contiguous; rows of a and vo that it excludes are finite.
-        output: of voᵀ, `[C, H·n]`, and the output's bias.
+        softmax: of a, `[H·n, C]`, and the keys' bias.
+        output: of voᵀ, `[C, H·n]`, and the output's bias; finite for keys that are excluded.
     """
-    keys = bias.shape[-1]
-    for rows in _tiles(x.shape[0], TILE_BYTES // max(1, logits.outputs * x.itemsize)):
-        p = logits(x[rows])  # [tile, H·n]
-        _biased_softmax_(p.view(len(p), -1, keys), bias)
-        output(p, out[rows])
+    for rows in _tiles(x.shape[0], TILE_BYTES // max(1, softmax.outputs * x.itemsize)):
+        output(softmax(x[rows]), out[rows])
 
 
 def project_rows(
@@ -125,8 +178,8 @@ def absorbed_attention(
             without_excluded(rows[b : b + 1, :, :left], bias[b : b + 1, ..., :left]).to(x.dtype).reshape(-1, x.shape[2])
             for rows in (a, vo)
         )
-        products = Product(kept_a, reorder=False), Product(kept_vo.mT, out_bias, reorder=False)
-        absorb_rows(x[b], products[0], shared[b, :, :left].contiguous(), products[1], out[b])
+        softmax = Softmax(kept_a, shared[b, :, :left].contiguous(), x.dtype)
+        absorb_rows(x[b], softmax, Product(kept_vo.mT, out_bias, reorder=False), out[b])
     return out if residual is None else out.add_(residual)
 
 

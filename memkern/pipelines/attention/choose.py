@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -157,13 +157,15 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
     keys = 2 * sum(source.keys.counts) * x.shape[2] * dtype.itemsize
     if fastest == "absorbed":
         made = absorbed(layer, source, backend, context, dtype)
-        return Prepared(choice, made, Weights(layer.modules), attn.heads * keys, is_read=True)
+        if made is not None:
+            return Prepared(choice, made[0], Weights(layer.modules), made[1], is_read=True)
+        choice = replace(choice, path="projected", reasons=(f"multiplied out it is beyond {dtype}",))
     if unkept:
         return Prepared(choice, attend(layer, source, backend))
     if unreadable or layer.kind == "images":
         return Prepared(choice, attend(layer, source, backend, context), Weights(layer.key_value_modules), keys)
-    made = projected(layer, source, backend, context, readable=True)
-    return Prepared(choice, made, Weights(layer.modules), keys, is_read=True)
+    kept = projected(layer, source, backend, context, readable=True)
+    return Prepared(choice, kept, Weights(layer.modules), keys, is_read=True)
 
 
 def without_kernels(x: torch.Tensor, dtype: torch.dtype, backend: str) -> list[str]:

@@ -123,55 +123,64 @@ def _by_library(rows: torch.Tensor, backend: str) -> bool:
     return rows.device.type == "cpu" and backend in ("auto", "cpp")
 
 
-def absorbed(layer: Layer, source: Source, backend: str, context: torch.Tensor, dtype: torch.dtype) -> Attend:
-    """One operator in place of the layer; its weights are read, and none of its modules called.
+def absorbed(
+    layer: Layer, source: Source, backend: str, context: torch.Tensor, dtype: torch.dtype
+) -> tuple[Attend, int] | None:
+    """One operator in place of the layer, and the bytes it keeps; weights are read, and no module is called.
+
+    None where float16 has no room for it: what is multiplied out may be larger than all that it is made of.
 
     Args:
         dtype: what the products are computed in.
     """
-    attn = layer.attn
-    k, v = (split_heads(rows, attn.heads) for rows in source.project(layer, context))  # [B, H, n, D]
+    attn, on_cpu = layer.attn, context.device.type == "cpu"
+    k, v = (split_heads(rows, attn.heads).float() for rows in source.project(layer, context))  # [B, H, n, D]
     to_q, to_out = attn.to_q, attn.to_out[0]
-    q_weight, o_weight = (module.weight.detach().to(dtype) for module in (to_q, to_out))
+    q_weight, o_weight = (module.weight.detach().to(dtype).float() for module in (to_q, to_out))
     out_bias = None if to_out.bias is None else to_out.bias.detach().to(dtype)
     bias = source.keys.bias
+    # In float32, and rounded once.
     with torch.autocast(context.device.type, enabled=False):
         a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * attn.scale  # [B, H, n, C]
         vo = v @ o_weight.view(o_weight.shape[0], attn.heads, -1).permute(1, 2, 0)
         if to_q.bias is not None:
-            shift = (k.float() @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * attn.scale
+            shift = (k @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * attn.scale
             bias = bias.unsqueeze(1) + shift  # [B, H, n]
-    if k.device.type == "cpu":
+    vo = vo.to(dtype)
+    a = a if on_cpu else a.to(dtype)
+    if dtype == torch.float16 and not (a.isfinite().all() & vo.isfinite().all()):
+        return None
+    if on_cpu:
         return _absorbed_rows(attn, a, bias, vo, out_bias, source.keys.counts)
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
         return _finished(attn, ops.absorbed_attention(x.to(dtype), a, bias, vo, out_bias, backend=backend), x)
 
-    return attend
+    return attend, a.nbytes + vo.nbytes
 
 
 def _absorbed_rows(
     attn: Any, a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None,
     counts: tuple[int, ...],
-) -> Attend:  # fmt: skip
+) -> tuple[Attend, int]:  # fmt: skip
     """On the CPU every sequence is as wide as its own keys, up to a multiple of 8 over all heads."""
-    heads, channels = a.shape[1], a.shape[3]
+    heads, channels, dtype = a.shape[1], a.shape[3], vo.dtype
     step = 8 // math.gcd(heads, 8)
     parts = []
     for b, left in enumerate(counts):
         width = -(-max(1, left) // step) * step
         own_a, own_vo = (rows[b, :, :width].reshape(-1, channels) for rows in (a, vo))  # [H·n, C]
         own_bias = bias[b, ..., :width].reshape(-1, width).contiguous()
-        parts.append((cpu.Product(own_a), own_bias, cpu.Product(own_vo.mT, out_bias)))
+        parts.append((cpu.Softmax(own_a, own_bias, dtype), cpu.Product(own_vo.mT, out_bias)))
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
-        rows = x.to(a.dtype).contiguous()
+        rows = x.to(dtype).contiguous()
         out = torch.empty_like(rows)
         for b, part in enumerate(parts):
             cpu.absorb_rows(rows[b], *part, out[b])
         return _finished(attn, out, x)
 
-    return attend
+    return attend, sum(softmax.nbytes + output.nbytes for softmax, output in parts)
 
 
 def _projected_rows(attn: Any, source: Source, k: torch.Tensor, v: torch.Tensor) -> Attend:

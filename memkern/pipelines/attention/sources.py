@@ -9,6 +9,7 @@ import torch
 
 from ... import ops
 from ...coalesce import Keys, coalesce, coalesce_plan, every_key
+from ...ops.attention import wide
 from ...plan import Plan
 from .layer import Layer
 
@@ -23,8 +24,9 @@ class Attenuation:
 
     def factors(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         """What each key's logit is multiplied by, `[B, H, n]`, for q `[B, H, N, D]` and k `[B, H, n, D]`."""
-        tops = [(part @ k.mT).amax(2) for part in torch.split(q, 1024, 2)]
-        top = torch.stack(tops).amax(0).float() * scale  # [B, H, n]
+        keys = wide(k)
+        tops = [(wide(part) @ keys.mT).amax(2) for part in torch.split(q, 1024, 2)]
+        top = torch.stack(tops).amax(0) * scale  # [B, H, n]
         among = self.selected.unsqueeze(1).expand_as(top)
         count = among.sum(-1, keepdim=True).clamp(min=1)
         mean = top.where(among, 0).sum(-1, keepdim=True) / count
