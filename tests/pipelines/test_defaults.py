@@ -13,8 +13,7 @@ import torch
 import memkern
 
 TESTS = Path(__file__).parents[1]
-SUITE = ["test_plan.py", "test_coalesce.py", "pipelines/test_parity.py", "pipelines/test_kv.py"]
-SUITE += ["pipelines/test_acceleration.py", "pipelines/test_probe.py"]
+SUITE = ["test_coalesce.py", "pipelines/test_kv.py", "pipelines/test_probe.py", "pipelines/test_equal_rows.py"]
 POLICIES = ["none", "swap-pad-zero-eot", "zero-pad:0.7", "prompt-eot-from-pad", "ren", "guard:0.5,1"]
 
 
