@@ -97,6 +97,8 @@ def _keys(groups: Sequence[Sequence[Hashable]], biases: Sequence[Sequence[float]
     counts = tuple(len(positions) for positions in kept)
     width = max(MULTIPLE, math.ceil(max(counts, default=0) / MULTIPLE) * MULTIPLE)
     shape = len(kept), width
-    index = torch.tensor([positions + [0] * (width - len(positions)) for positions in kept], dtype=torch.int64)
-    total = torch.tensor([values + [-math.inf] * (width - len(values)) for values in logs], dtype=torch.float32)
+    rows = [positions + [0] * (width - len(positions)) for positions in kept]
+    padded = [values + [-math.inf] * (width - len(values)) for values in logs]
+    index = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    total = torch.tensor(padded, dtype=torch.float32, device="cpu")
     return Keys(index.reshape(shape).to(device), total.reshape(shape).to(device), counts)

@@ -40,9 +40,9 @@ class Plan:
         shape = (batch, length)
         return cls(
             torch.arange(length, dtype=torch.int32, device=device).repeat(batch, 1),
-            torch.ones(shape, device=device),
-            torch.ones(shape, device=device),
-            torch.zeros(shape, device=device),
+            torch.ones(shape, dtype=torch.float32, device=device),
+            torch.ones(shape, dtype=torch.float32, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
     @property
@@ -176,8 +176,8 @@ def select(edit: Edit, roles: torch.Tensor) -> torch.Tensor:
         chosen = (rank + 1) * count // total > rank * count // total
     else:
         # One draw per position and seed, not per row: a row's choice does not depend on its batch.
-        generator = torch.Generator().manual_seed(edit.seed)
-        draw = torch.rand(roles.shape[-1], generator=generator).to(roles.device)
+        generator = torch.Generator("cpu").manual_seed(edit.seed)
+        draw = torch.rand(roles.shape[-1], generator=generator, dtype=torch.float32, device="cpu").to(roles.device)
         order = draw.expand(roles.shape).masked_fill(~of_role, torch.inf).argsort(-1)
         chosen = order.argsort(-1) < count
     return of_role & chosen
@@ -233,9 +233,9 @@ def _replacement(action: Action, roles: torch.Tensor, context_length: int) -> tu
     windows = split_windows(roles, context_length, name="roles")  # [B, W, n]
     count, size = windows.shape[1:]
     if action.source is Bank.PAD_REEMBEDDED:
-        target = torch.arange(length, device=roles.device).expand(batch, length) + length + count
+        target = torch.arange(length, dtype=torch.int64, device=roles.device).expand(batch, length) + length + count
         return target.to(torch.int32), torch.ones_like(roles, dtype=torch.bool)
-    window = torch.arange(count, device=roles.device)
+    window = torch.arange(count, dtype=torch.int64, device=roles.device)
     if action.source is Bank.PAD_MEAN:
         per_window = (length + window).expand(batch, count)
         exists = (windows == Role.PAD).any(-1)

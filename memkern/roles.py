@@ -72,7 +72,7 @@ def token_roles(
             "pass the ids that the text encoder was called with, and its tokenizer's eos_token_id"
         )
     eot = is_eot.to(torch.int32).argmax(-1, keepdim=True)  # [B, W, 1]
-    position = torch.arange(windowed.shape[-1], device=input_ids.device)
+    position = torch.arange(windowed.shape[-1], dtype=torch.int64, device=input_ids.device)
     roles = torch.full_like(windowed, Role.PROMPT, dtype=torch.uint8)
     roles.masked_fill_(position == eot, Role.EOT)
     roles.masked_fill_(position > eot, Role.PAD)
@@ -82,7 +82,7 @@ def token_roles(
 
 def empty_roles(batch: int, context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
     """uint8 `[batch, context_length]`, the roles of empty prompts: SOT, EOT, and PAD all the rest."""
-    roles = torch.full((batch, context_length), int(Role.PAD), dtype=torch.uint8)
+    roles = torch.full((batch, context_length), int(Role.PAD), dtype=torch.uint8, device="cpu")
     roles[:, 0], roles[:, 1] = int(Role.SOT), int(Role.EOT)
     return roles
 

@@ -177,7 +177,8 @@ def _pixels_of(
     """Float32 `[B, 3, size, size]`, normalized."""
     resized = [np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR), np.float32) for picture in pictures]
     pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    shift, scale = (torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1) for values in (mean, std))
+    return (pixels - shift) / scale
 
 
 def _torchscript(weights: Path, device: str) -> Callable[[torch.Tensor], torch.Tensor]:

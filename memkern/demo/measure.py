@@ -76,7 +76,8 @@ def paint(
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     columns = []
     for seed in seeds:
-        noise = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(1, channels, size, size, generator=generator, dtype=torch.float32, device="cpu")
         images = pipe(
             list(captions),
             latents=noise.repeat(len(captions), 1, 1, 1),

@@ -166,11 +166,11 @@ def absorbed_attention(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `memkern.ops.absorbed_attention`; a sequence's keys behind the last that is not excluded are skipped."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     x, shared = x.contiguous(), per_head(bias).squeeze(2)  # [B, 1 or H, n]
     live = (shared != -torch.inf).any(1)  # [B, n]
     for b in range(x.shape[0]):
-        left = int((live[b] * torch.arange(1, live.shape[1] + 1)).amax()) if live.shape[1] else 0
+        left = max(live[b].nonzero().flatten().tolist(), default=-1) + 1
         if left == 0 or out.numel() == 0:
             out[b] = 0 if out_bias is None else out_bias
             continue

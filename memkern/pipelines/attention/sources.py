@@ -32,7 +32,7 @@ class Attenuation:
         mean = top.where(among, 0).sum(-1, keepdim=True) / count
         deviation = ((top - mean).square().where(among, 0).sum(-1, keepdim=True) / count).sqrt()
         stands_out = among & (top - mean > self.threshold * deviation)
-        return torch.where(stands_out, self.factor, 1.0)
+        return torch.ones_like(top).masked_fill(stands_out, self.factor)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Probe:
     def mass(self, branch: Branch = "cond") -> dict[Role, torch.Tensor]:
         """Role → mass `[layers, steps]` in the order of `layers`, a mean over rows; NaN where nothing was recorded."""
         names, steps = self.layers, self.steps
-        total = {role: torch.full((len(names), steps), torch.nan) for role in Role}
+        total = {role: torch.full((len(names), steps), torch.nan, dtype=torch.float32, device="cpu") for role in Role}
         found: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
         for record in self.records:
             for row, roles, mass in zip(record.rows, record.roles, record.mass.cpu(), strict=True):
@@ -132,7 +132,8 @@ class Probe:
     def plot_maps(self, path: str | Path, branch: Branch = "cond", count: int = 8) -> None:
         """Write a picture of `count` of the `maps`, evenly spread over the steps. Needs matplotlib."""
         pyplot, maps = _pyplot(), self.maps(branch)
-        chosen = torch.linspace(0, len(maps) - 1, min(count, len(maps))).round().int().tolist()
+        steps = torch.linspace(0, len(maps) - 1, min(count, len(maps)), dtype=torch.float32, device="cpu")
+        chosen = steps.round().int().tolist()
         figure, axes = pyplot.subplots(
             1, len(chosen), figsize=(2 * len(chosen), 2.4), squeeze=False, layout="constrained"
         )

@@ -173,7 +173,7 @@ class RowEdits:
                 action = edit.action
                 if action.kind == "attenuate" and action.value is not None and action.threshold is not None:
                     own = {i for i, row in self._edited.items() if row.policy == policy and edit.applies_to(row.branch)}
-                    on = torch.tensor([index in own for index in range(len(self.rows))], device="cpu")
+                    on = torch.tensor([index in own for index in range(len(self.rows))], dtype=torch.bool, device="cpu")
                     chosen = select(edit, roles) & on.unsqueeze(1)
                     numbers = action.value, action.threshold
                     masks[numbers] = masks.get(numbers, torch.zeros_like(chosen)) | chosen
