@@ -1,6 +1,9 @@
 """`memkern audit`: how much a model memorizes, and what each policy does to it and to ordinary prompts."""
 
+from .methods import split
+from .models import Model, load
 from .prompts import Prompt, read_prompts
+from .protocol import PROTOCOLS, Protocol
 from .run import run
 
-__all__ = ["Prompt", "read_prompts", "run"]
+__all__ = ["PROTOCOLS", "Model", "Prompt", "Protocol", "load", "read_prompts", "run", "split"]

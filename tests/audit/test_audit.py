@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from memkern import audit, demo
 from memkern.audit import pictures
 from memkern.audit.methods import method
-from memkern.audit.results import Summary
+from memkern.audit.summary import Summary
 from memkern.cli import main
 
 SETTINGS = {"policies": ["none", "zero-pad:0.7", "random-numbers:2"], "seeds": [0, 1], "limit": 2, "steps": 2}
@@ -36,9 +36,9 @@ def run(out, **options):
 
 
 def table(out):
-    """The rows of the results, without times."""
+    """The rows of the results."""
     with (out / "results.csv").open(newline="") as lines:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(lines)]
+        return list(csv.DictReader(lines))
 
 
 def files(out):
@@ -54,7 +54,8 @@ def unbroken(tmp_path_factory):
 
 def test_what_is_written(unbroken):
     assert {path.name for path in unbroken.iterdir()} == {
-        "images", "results.csv", "report.html", "grid.png", "manifest.json",
+        "images", "results.csv", "times.csv", "report.html", "grid.png", "manifest.json",
+        "summary.json", "summary.md", "summary.tex",
     }  # fmt: skip
     rows = table(unbroken)
     assert [(row["prompt_id"], row["method"], row["seed"]) for row in rows] == [
@@ -66,7 +67,8 @@ def test_what_is_written(unbroken):
     assert manifest["versions"]["torch"] == torch.__version__
     page = (unbroken / "report.html").read_text()
     assert 'src="http' not in page
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 1, "the grid; both prompts are memorized ones, so there is no chart"
+    assert "No chart of memorization against fidelity" in page
 
 
 def test_killed_and_run_again_equals_an_unbroken_run(unbroken, tmp_path):
@@ -193,7 +195,7 @@ def test_references_in_a_folder_and_one_that_is_no_image(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--prompts", "nowhere.txt"], "prompts: there is no file nowhere.txt"),
-        (["--prompts", "{here}/x.pdf"], "prompts: expected a .txt, .csv or .jsonl file, got x.pdf"),
+        (["--prompts", "{here}/x.pdf"], "prompts: expected a .txt, .csv, .tsv or .jsonl file, got x.pdf"),
         (["--prompts", "{here}/empty.txt"], "empty.txt has none"),
         (["--prompts", "{here}/x.csv"], "has no column prompt or caption or text; it has a, b"),
         (["--prompts", "{here}/y.csv", "--references", "nope"], "'nope' is neither a folder nor a column of"),
@@ -202,7 +204,7 @@ def test_references_in_a_folder_and_one_that_is_no_image(tmp_path, capsys):
         (["--policies", "random-tokens:many"], "random-tokens:many: expected a number after the colon, got 'many'"),
         (["--sscd", "{here}/x.pdf"], "x.pdf is no TorchScript model"),
         (["--sscd", "{here}/none.pt"], "sscd: there is no file"),
-        (["--model", "{here}", "--limit", "1"], "prompts: a file of prompts is needed"),
+        (["--model", "some/model", "--limit", "1"], "prompts: a file of prompts is needed"),
     ],
 )
 def test_bad_input(tmp_path, capsys, arguments, message):
