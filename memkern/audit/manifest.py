@@ -78,12 +78,8 @@ def grown(out: Path, asked: Contents) -> Contents:
         method(Policy.from_json(json.dumps(documents[name]))) if name in documents else method(name)
         for name in before["methods"]
     ]
-    named = {one.name: one for one in asked.methods}
-    for one in held:
-        if one.name in named and named[one.name].document != one.document:
-            raise ValueError(f"policies: {out} holds another policy that is called {one.name!r}; name it otherwise")
-    methods = named | {one.name: one for one in held}
-    names = _joined([one.name for one in held], list(named))
+    methods = {one.name: one for one in [*held, *asked.methods]}
+    names = _joined([one.name for one in held], [one.name for one in asked.methods])
     return Contents(
         _prompts(out, [_prompt(*entry) for entry in before["prompts"]], asked.prompts),
         [methods[name] for name in names],

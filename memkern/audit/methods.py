@@ -60,7 +60,7 @@ class Method:
     def folder(self) -> str:
         """The name as that of a folder; with a digest where other names could give the same one."""
         plain = re.sub(r"[^\w.,=-]", "_", self.name)
-        if len(plain) <= 100 and re.fullmatch(r"[\w.,=-]+(:[\w.,=-]+)?", self.name, re.ASCII):
+        if len(plain) <= 100 and re.fullmatch(r"[a-zA-Z0-9.,=-]+(:[a-zA-Z0-9.,=-]+)?", self.name):
             return plain
         return f"{plain[:80]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
@@ -77,16 +77,10 @@ def split(text: str) -> list[str]:
 
 
 def methods(given: Iterable[str | Path | Policy]) -> list[Method]:
-    """The methods of an audit, each once, "none" first.
-
-    Raises:
-        ValueError: one that is no method, or two policies of one name.
-    """
-    found = {UNMITIGATED: Method(UNMITIGATED)}
-    for one in (method(one) for one in given):
-        if found.setdefault(one.name, one).document != one.document:
-            raise ValueError(f"policies: two different policies are both called {one.name!r}; name them apart")
-    return list(found.values())
+    """The methods of an audit, each once, "none" first; see `method`."""
+    # The text of a policy says all of it, so that one name is one method.
+    found = [Method(UNMITIGATED), *(method(one) for one in given)]
+    return list({one.name: one for one in found}.values())
 
 
 def method(given: str | Path | Policy) -> Method:

@@ -18,7 +18,7 @@ from .prompts import Prompt
 COPY = 0.5
 """The similarity above which a picture counts as a copy, as in Kim & No and Wen et al."""
 SIMILARITIES = ("sscd_to_unmitigated", "sscd_to_reference", "pixels_to_unmitigated", "pixels_to_reference")
-FORMULA = tuple("=+-@\t\r\n＝＋－＠")
+FORMULA = tuple("=+-@\t\n＝＋－＠")
 """What a spreadsheet takes for the beginning of a formula."""
 KEY = ("prompt_id", "method", "seed")
 TEXTS = ("prompt_id", "prompt", "method", "image", "text")
@@ -106,5 +106,7 @@ def write_csv(out: Path, table: Iterable[dict[str, Any]]) -> list[dict[str, Any]
 
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
+        # csv leaves a lone carriage return unquoted, and readers end the row there.
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
         return f"'{value}" if value.startswith(FORMULA) else value
     return f"{value:.6g}" if isinstance(value, float) else value

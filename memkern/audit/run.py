@@ -88,7 +88,7 @@ def run(
     """
     out = Path(out)
     given = split(policies) if isinstance(policies, str) else policies
-    chosen = methods([UNMITIGATED, *([given] if isinstance(given, Policy) else given)])
+    chosen = methods([given] if isinstance(given, Policy) else given)
     made = protocol_of(
         protocol,
         seeds=None if seeds is None else tuple(seeds),
