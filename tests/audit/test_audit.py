@@ -16,7 +16,6 @@ import pytest
 import torch
 from diffusers.pipelines.ddpm import DDPMPipeline
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from memkern import audit, demo
 from memkern.audit import pictures
@@ -241,52 +240,6 @@ def test_a_full_disk_keeps_what_was_made(tmp_path, monkeypatch):
         run(tmp_path)
     assert len(files(tmp_path)) == 2
     assert not list(tmp_path.rglob("*.partial"))
-
-
-class Describer(torch.nn.Module):
-    """Stands in for SSCD: the mean colour of each quarter."""
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(1)
-
-
-def test_copy_detection_by_torchscript(tmp_path):
-    weights = tmp_path / "sscd.pt"
-    torch.jit.trace(Describer(), torch.rand(1, 3, 288, 288)).save(str(weights))
-    run(tmp_path / "out", sscd=weights, policies=["zero-pad:1"], limit=1)
-    rows = table(tmp_path / "out")
-    assert all(float(row["sscd_to_unmitigated"]) == pytest.approx(1) for row in rows if row["method"] == "none")
-    assert all(-1 <= float(row["sscd_to_reference"]) <= 1 for row in rows)
-    assert "published: SSCD / CLIP" not in (tmp_path / "out" / "report.html").read_text()
-
-
-def tiny_clip(folder):
-    """A CLIP model of two layers with random weights, as a folder."""
-    pipe = demo.load()
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**sizes, "vocab_size": len(pipe.tokenizer), "eos_token_id": pipe.tokenizer.eos_token_id},
-        vision_config={**sizes, "image_size": 32, "patch_size": 16},
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    size = {"shortest_edge": 32}
-    images = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(image_processor=images, tokenizer=pipe.tokenizer).save_pretrained(folder)
-    return str(folder)
-
-
-def test_clip_score_and_the_published_row(tmp_path):
-    """With both metrics the page has the paper's numbers beside the user's."""
-    weights = tmp_path / "sscd.pt"
-    torch.jit.trace(Describer(), torch.rand(1, 3, 288, 288)).save(str(weights))
-    run(tmp_path / "out", sscd=weights, clip=tiny_clip(tmp_path / "clip"), policies=["zero-pad:0.7"], limit=1)
-    assert all(-1 <= float(row["clip_score"]) <= 1 for row in table(tmp_path / "out"))
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "published: SSCD / CLIP" in page
-    assert "<td>0.10 / 0.31</td>" in page
-    assert page.count("data:image/png;base64,") == 2
 
 
 def test_a_model_that_cannot_be_patched(tmp_path, capsys):

@@ -87,8 +87,8 @@ def _open_clip(model: str, device: str) -> tuple[Images, Texts]:
         )
     try:
         import open_clip
-    except ImportError:
-        raise ValueError(f"clip: {model} needs open_clip: pip install open_clip_torch") from None
+    except ImportError as error:
+        raise ValueError(f"clip: {model} needs open_clip: pip install open_clip_torch ({error})") from None
     clip, _, prepared = open_clip.create_model_and_transforms(architecture, pretrained=weights, device=device)
     clip.eval()
     tokenized = open_clip.get_tokenizer(architecture)

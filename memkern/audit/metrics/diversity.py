@@ -27,8 +27,8 @@ class Diversity:
         state = state_dict("lpips", weights)
         try:
             import lpips
-        except ImportError:
-            raise ValueError("lpips: needs the package lpips: pip install memkern[audit]") from None
+        except ImportError as error:
+            raise ValueError(f"lpips: needs the package lpips: pip install memkern[audit] ({error})") from None
         # Random weights are asked for so that nothing is downloaded; the file's replace them.
         distance = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
         wanted = {name: f"features.{name.partition('.')[2]}" for name in distance.net.state_dict()}
