@@ -20,7 +20,6 @@ from PIL import Image
 from memkern import audit, demo
 from memkern.audit import pictures
 from memkern.audit.methods import method
-from memkern.audit.summary import Summary
 from memkern.cli import main
 
 SETTINGS = {"policies": ["none", "zero-pad:0.7", "random-numbers:2"], "seeds": [0, 1], "limit": 2, "steps": 2}
@@ -152,14 +151,6 @@ def test_alternatives_do_something(name, tmp_path):
     by_method = {row["method"]: row for row in table(tmp_path)}
     assert float(by_method[name]["pixels_to_unmitigated"]) < 0.999
     assert (by_method[name]["text"] != by_method["none"]["prompt"]) == name.startswith("random")
-
-
-def test_summaries():
-    summary = Summary.of([[0.0, 1.0], [], [0.4]])
-    assert summary.mean == pytest.approx(0.45)
-    assert summary.above == pytest.approx(1 / 3)
-    assert summary.low <= summary.mean <= summary.high
-    assert Summary.of([[], []]) is None
 
 
 @pytest.mark.parametrize(
