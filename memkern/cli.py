@@ -1,4 +1,4 @@
-"""The command line: `memkern info`, `demo` and `audit`."""
+"""The command line: `memkern info`, `demo`, `audit` and `screen`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    return _audit(options) if options.command == "audit" else _demo(options)
+    return {"audit": _audit, "demo": _demo, "screen": _screen}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, help="write the numbers of the embedded model to this file")
     demo.add_argument("--out", type=Path, default=Path("memkern-demo"), help="folder (default: %(default)s)")
     _audit_parser(commands)
+    _screen_parser(commands)
     return parser
 
 
@@ -66,6 +67,25 @@ def _audit_parser(commands: Any) -> None:
     audit.add_argument("--lpips", type=Path, help="weights of AlexNet for LPIPS between seeds")
     audit.add_argument("--threshold", type=float, default=0.5, help="of a copy's similarity (default: %(default)s)")
     audit.add_argument("--out", type=Path, default=Path("memkern-audit"), help="folder (default: %(default)s)")
+
+
+def _screen_parser(commands: Any) -> None:
+    about = "which prompts of a list a model memorized, by scores that need no image; goes on where it stopped"
+    screen = commands.add_parser("screen", help=about)
+    _model_options(screen)
+    screen.add_argument("--prompts", type=Path, help="as for audit; a column memorized or label is compared with")
+    screen.add_argument("--limit", type=int, help="only so many prompts")
+    scores = "of pads, angle, noise, entropy; the first sorts the table (default: %(default)s)"
+    screen.add_argument("--scores", default="pads,angle,noise", type=_words, help=scores)
+    screen.add_argument("--seeds", type=_seeds, default="0", help="of the noise (default: %(default)s)")
+    screen.add_argument("--batch", type=int, default=8, help="prompts at once (default: %(default)s)")
+    screen.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
+    screen.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+    screen.add_argument("--out", type=Path, default=Path("memkern-screen"), help="folder (default: %(default)s)")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +133,20 @@ def _audit(options: argparse.Namespace) -> int:
         print(audit.run(**given))
     except (OSError, TypeError, ValueError, ImportError) as error:
         return _failed("audit", error)
+    return 0
+
+
+def _screen(options: argparse.Namespace) -> int:
+    from . import audit
+
+    _hush()
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "lora")}
+    try:
+        found = audit.screen(**given, loras=options.lora)
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        return _failed("screen", error)
+    if found is not None:
+        print(f"{found}\n{found.path}")
     return 0
 
 

@@ -5,5 +5,6 @@ from .models import Model, load
 from .prompts import Prompt, read_prompts
 from .protocol import PROTOCOLS, Protocol
 from .run import run
+from .screen import Screened, screen
 
-__all__ = ["PROTOCOLS", "Model", "Prompt", "Protocol", "load", "read_prompts", "run", "split"]
+__all__ = ["PROTOCOLS", "Model", "Prompt", "Protocol", "Screened", "load", "read_prompts", "run", "screen", "split"]

@@ -139,9 +139,9 @@ def _prompts(out: Path, held: list[Prompt], asked: list[Prompt]) -> list[Prompt]
     return asked + held[len(asked) :]
 
 
-def _entry(prompt: Prompt) -> list[str | None]:
-    return [prompt.id, prompt.text, None if prompt.reference is None else str(prompt.reference)]
+def _entry(prompt: Prompt) -> list[str | bool | None]:
+    return [prompt.id, prompt.text, None if prompt.reference is None else str(prompt.reference), prompt.label]
 
 
-def _prompt(name: str, text: str, reference: str | None = None) -> Prompt:
-    return Prompt(name, text, None if reference is None else Path(reference))
+def _prompt(name: str, text: str, reference: str | None = None, label: bool | None = None) -> Prompt:
+    return Prompt(name, text, None if reference is None else Path(reference), label)

@@ -132,6 +132,23 @@ def default_dtype(model: Model, kind: str) -> str:
     return "float16" if kind == "cuda" and model.source != EMBEDDED else "float32"
 
 
+def settings_of(model: Model, made: Protocol) -> dict[str, Any]:
+    """What the manifest says of a model and a protocol, but for the seeds."""
+    loaded = not isinstance(model.source, (str, Path))
+    return {
+        "model": model.name,
+        "config": model.config,
+        "loras": list(model.loras),
+        "steps": made.steps,
+        "guidance": made.guidance,
+        "scheduler": made.scheduler,
+        "dtype": made.dtype,
+        "device": model.source.device.type if loaded else device_of(made).type,
+        "generator_device": made.generator_device,
+        "batch": made.batch,
+    }
+
+
 def _single_file(path: Path, config: str | None, dtype: torch.dtype) -> Any:
     import diffusers
     from safetensors import SafetensorError, safe_open

@@ -54,6 +54,10 @@ class Protocol:
         if self.generator_device != PIPELINE:
             device("generator_device", self.generator_device)
 
+    def generators_of(self, pipe: Any) -> str:
+        """The device of the generators for that pipeline."""
+        return str(pipe.device) if self.generator_device == PIPELINE else self.generator_device
+
 
 def protocol(name: str | None = None, **given: Any) -> Protocol:
     """The protocol of that name, or the default one, with what is given in place of its own.

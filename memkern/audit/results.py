@@ -95,7 +95,7 @@ def write_csv(out: Path, table: Iterable[dict[str, Any]]) -> list[dict[str, Any]
                 for file, columns in zip((results, times), names, strict=True):
                     writers.append(csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n"))
                     writers[-1].writeheader()
-            written = {name: _cell(value) for name, value in row.items()}
+            written = {name: cell(value) for name, value in row.items()}
             for writer in writers:
                 writer.writerow(written)
             kept.append({name: value for name, value in row.items() if name not in ("prompt", "text")})
@@ -104,7 +104,8 @@ def write_csv(out: Path, table: Iterable[dict[str, Any]]) -> list[dict[str, Any]
     return kept
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """A value as it is written: numbers with six digits, no text that a spreadsheet would run."""
     if isinstance(value, str):
         # csv leaves a lone carriage return unquoted, and readers end the row there.
         value = value.replace("\r\n", "\n").replace("\r", "\n")

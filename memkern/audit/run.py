@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..demo import embedded
 from ..policy import Policy
+from .listed import listed
 from .manifest import Contents, grown, write_manifest
 from .methods import UNMITIGATED, methods, split
 from .metrics import Weights, metrics
-from .models import EMBEDDED, Model, device_of, opened
+from .models import EMBEDDED, Model, opened, settings_of
 from .pictures import Job, is_done, make
-from .prompts import Prompt, read_prompts
-from .protocol import PIPELINE, Protocol
+from .processes import place, wait
 from .protocol import protocol as protocol_of
 from .report import write_report
 from .results import COPY, rows, write_csv
@@ -101,26 +97,26 @@ def run(
         batch=batch,
     )
     source = Model(model, config, tuple(loras))
-    listed = _prompts(source, None if prompts is None else Path(prompts), references, limit)
-    rank, world = _place()
+    of = listed(source, prompts, references, limit)
+    rank, world = place()
     weights = Weights(_path(sscd), sscd_size, clip, _path(aesthetic), _path(lpips))
     measures, missing = metrics(weights, "cuda" if torch.cuda.is_available() else "cpu")
-    asked = Contents(listed, chosen, list(made.seeds), _settings(source, made))
+    asked = Contents(of, chosen, list(made.seeds), settings_of(source, made))
     if rank == 0:
         described = {name: value for metric in measures for name, value in metric.described.items()}
         write_manifest(out, grown(out, asked), described | {"threshold": threshold, "not_measured": missing})
-    _wait(world)
+    wait(world)
     held = grown(out, asked)
     jobs = [Job(one, prompt, seed) for one in held.methods for prompt in held.prompts for seed in held.seeds]
     # Which are left is looked up before any is made, so that all processes split the same list.
     left = [job for job in jobs if not is_done(job.path(out))]
-    _wait(world)
+    wait(world)
     if mine := left[rank::world]:
         with opened(source, made, rank) as pipe, _bar("pictures", len(mine), quiet or rank > 0) as bar:
-            generators = str(pipe.device) if made.generator_device == PIPELINE else made.generator_device
             options = {"num_inference_steps": made.steps, "guidance_scale": made.guidance}
+            generators = made.generators_of(pipe)
             make(pipe, mine, out, options, bar.update, batch=made.batch, generator_device=generators)
-    _wait(world)
+    wait(world)
     if rank > 0:
         return out / "report.html"
     broken: dict[str, str] = {}
@@ -133,54 +129,9 @@ def run(
     return write_report(out, held, table, notes, threshold)
 
 
-def _settings(source: Model, made: Protocol) -> dict[str, Any]:
-    loaded = not isinstance(source.source, (str, Path))
-    return {
-        "model": source.name,
-        "config": source.config,
-        "loras": list(source.loras),
-        "steps": made.steps,
-        "guidance": made.guidance,
-        "scheduler": made.scheduler,
-        "dtype": made.dtype,
-        "device": source.source.device.type if loaded else device_of(made).type,
-        "generator_device": made.generator_device,
-        "batch": made.batch,
-    }
-
-
-def _prompts(source: Model, path: Path | None, references: str | None, limit: int | None) -> list[Prompt]:
-    if path is not None:
-        return read_prompts(path, references=references, limit=limit)
-    if source.source != EMBEDDED:
-        raise ValueError("prompts: a file of prompts is needed, but for the embedded model")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected at least 1 prompt, got {limit}")
-    files = json.loads((embedded.MODEL / "memorized.json").read_text(encoding="utf-8"))
-    listed = [(entry["caption"], embedded.MODEL / entry["image"]) for entry in files]
-    listed += [(caption, None) for caption in embedded.ordinary()]
-    return [
-        Prompt(f"{place:04d}", text, image, image is not None) for place, (text, image) in enumerate(listed[:limit])
-    ]
-
-
 def _path(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
 
 
 def _bar(what: str, count: int, quiet: bool) -> Any:
     return tqdm(total=count, desc=what, unit="picture", disable=quiet)
-
-
-def _place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not torch.distributed.is_initialized():
-        # The others wait for the slowest, which may be long.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    return int(os.environ.get("RANK", "0")), world
-
-
-def _wait(world: int) -> None:
-    if world > 1:
-        torch.distributed.barrier()
