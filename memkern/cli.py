@@ -1,4 +1,4 @@
-"""The command line: `memkern info`, `demo`, `audit` and `screen`."""
+"""The command line: `memkern info`, `demo`, `audit`, `screen` and `sweep`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    return {"audit": _audit, "demo": _demo, "screen": _screen}[options.command](options)
+    return {"audit": _audit, "demo": _demo, "screen": _screen, "sweep": _sweep}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("memkern-demo"), help="folder (default: %(default)s)")
     _audit_parser(commands)
     _screen_parser(commands)
+    _sweep_parser(commands)
     return parser
 
 
@@ -82,6 +83,36 @@ def _screen_parser(commands: Any) -> None:
     screen.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
     screen.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
     screen.add_argument("--out", type=Path, default=Path("memkern-screen"), help="folder (default: %(default)s)")
+
+
+def _sweep_parser(commands: Any) -> None:
+    about = "which policy is best for a model: copies against fidelity over a grid; goes on where it stopped"
+    sweep = commands.add_parser("sweep", help=about)
+    _model_options(sweep)
+    sweep.add_argument("--prompts", type=Path, help="memorized and ordinary ones; default: the embedded model's")
+    sweep.add_argument("--references", help="training images: a folder or a column of the prompts' file")
+    sweep.add_argument("--limit", type=int, help="only so many prompts")
+    pattern = "a preset, with ranges of its numbers: zero-pad:{0.3..1.0:0.1} or ren:{1.25,2}; several times"
+    sweep.add_argument("--policy", action="append", help=pattern)
+    where = "choices of blocks or layers of the edits, with commas between: all,down+mid,up (default: %(default)s)"
+    sweep.add_argument("--layers", type=_words, default="all", help=where)
+    when = "choices of the part of the schedule: 0-1,0-0.5 (default: %(default)s)"
+    sweep.add_argument("--steps", type=_words, default="0-1", help=when)
+    sweep.add_argument("--seeds", type=_seeds, default="0,1", help="of the sweep (default: %(default)s)")
+    sweep.add_argument(
+        "--check-seeds", type=_seeds, default="100,101,102,103", help="of the winner (default: %(default)s)"
+    )
+    sweep.add_argument("--max-copies", type=float, default=0.03, help="share that the winner may have (%(default)s)")
+    sweep.add_argument("--inference-steps", type=int, help="of an image (default: 20)")
+    sweep.add_argument("--guidance", type=float, help="(default: 7.5; 5 for the embedded model, as in the demo)")
+    sweep.add_argument("--scheduler", help="one of diffusers, such as DDIM (default: the model's)")
+    sweep.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
+    sweep.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+    sweep.add_argument("--batch", type=int, help="images at once (default: 1)")
+    sweep.add_argument("--sscd", type=Path, help="weights of SSCD; without them pixels tell copies")
+    sweep.add_argument("--clip", help="a CLIP model; without it ordinary images are compared with the unpatched ones")
+    sweep.add_argument("--threshold", type=float, default=0.5, help="of a copy's similarity (default: %(default)s)")
+    sweep.add_argument("--out", type=Path, default=Path("memkern-sweep"), help="folder (default: %(default)s)")
 
 
 def _words(text: str) -> list[str]:
@@ -147,6 +178,20 @@ def _screen(options: argparse.Namespace) -> int:
         return _failed("screen", error)
     if found is not None:
         print(f"{found}\n{found.path}")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from . import audit
+
+    _hush()
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "lora", "policy")}
+    if options.policy:
+        given["policies"] = options.policy
+    try:
+        print(audit.sweep(**given, loras=options.lora))
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        return _failed("sweep", error)
     return 0
 
 

@@ -136,4 +136,5 @@ DEFAULT_SCORES = ("pads", "angle", "noise")
 
 
 def _norm(difference: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    norm: torch.Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    return norm
