@@ -108,7 +108,7 @@ def _sweep_parser(commands: Any) -> None:
     sweep.add_argument("--scheduler", help="one of diffusers, such as DDIM (default: the model's)")
     sweep.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
     sweep.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
-    sweep.add_argument("--batch", type=int, help="images at once (default: 1)")
+    sweep.add_argument("--batch", type=int, default=8, help="images at once (default: %(default)s)")
     sweep.add_argument("--sscd", type=Path, help="weights of SSCD; without them pixels tell copies")
     sweep.add_argument("--clip", help="a CLIP model; without it ordinary images are compared with the unpatched ones")
     sweep.add_argument("--threshold", type=float, default=0.5, help="of a copy's similarity (default: %(default)s)")

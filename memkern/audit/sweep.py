@@ -25,6 +25,7 @@ from .results import COPY
 from .summary import Summary, interval
 
 DEFAULT_PATTERNS = ("swap-pad", "swap-pad-zero-eot", "zero-pad:{0.6..1.0:0.05}")
+BATCH = 8
 RUNGS, LEAST = 3, 4
 """How many rounds, and how many policies the last one has at least."""
 
@@ -49,7 +50,7 @@ def sweep(
     scheduler: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
-    batch: int | None = None,
+    batch: int = BATCH,
     sscd: str | Path | None = None,
     clip: str | None = None,
     threshold: float = COPY,
