@@ -23,15 +23,17 @@ class Candidate:
         method: of the audit.
         policy: None is the unpatched pipeline.
         copies: the share of images of memorized prompts that are copies.
+        similarity: the mean by which they are, which tells policies apart where none has a copy.
         fidelity: measure → its mean over ordinary prompts.
         loss: measure → unpatched minus this one on the same prompts, with a 95 % interval.
-        front: whether no other has fewer copies and less loss.
+        front: whether no other has less similarity and less loss.
         images: how many were measured.
     """
 
     method: Method
     policy: Policy | None
     copies: Summary
+    similarity: float
     fidelity: dict[str, float]
     loss: dict[str, tuple[float, float, float]]
     images: int
@@ -71,8 +73,8 @@ def fronted(candidates: Sequence[Candidate]) -> list[Candidate]:
 
     def beaten(one: Candidate) -> bool:
         return any(
-            (other.copies.mean, other.worst) != (one.copies.mean, one.worst)
-            and other.copies.mean <= one.copies.mean
+            (other.similarity, other.worst) != (one.similarity, one.worst)
+            and other.similarity <= one.similarity
             and other.worst <= one.worst
             for other in candidates
         )
@@ -81,34 +83,37 @@ def fronted(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def ordered(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The front first, then by the sum of copies and loss."""
-    return sorted(candidates, key=lambda one: (not one.front, one.copies.mean + one.worst, one.method.name))
+    """The front first, then by the sum of similarity and loss."""
+    return sorted(candidates, key=lambda one: (not one.front, one.similarity + one.worst, one.method.name))
 
 
 def best(candidates: Sequence[Candidate], max_copies: float) -> Candidate:
     """The least loss among those with few enough copies; without any the fewest copies."""
     few = [one for one in candidates if one.copies.mean <= max_copies]
     if few:
-        return min(few, key=lambda one: (one.worst, one.copies.mean))
+        return min(few, key=lambda one: (one.worst, one.similarity))
     return min(candidates, key=lambda one: (one.copies.mean, one.worst))
 
 
 def table(candidates: Sequence[Candidate]) -> str:
     """Markdown; per cent, with 95 % intervals."""
     names = list(candidates[0].loss)
-    head = f"| policy | front | copies % | {' | '.join(f'{name}, loss' for name in names)} | images |\n"
-    lines = [head, f"| --- | --- | ---: |{' ---: |' * len(names)} ---: |\n"]
+    head = f"| policy | front | copies % | similarity | {' | '.join(f'{name}, loss' for name in names)} | images |\n"
+    lines = [head, f"| --- | --- | ---: | ---: |{' ---: |' * len(names)} ---: |\n"]
     for one in candidates:
         copies = f"{100 * one.copies.mean:.1f} ({100 * one.copies.low:.1f}–{100 * one.copies.high:.1f})"
         losses = (f"{100 * mean:+.1f} ({100 * low:+.1f}–{100 * high:+.1f})" for mean, low, high in one.loss.values())
         front = "yes" if one.front else ""
-        lines.append(f"| {one.method.name} | {front} | {copies} | {' | '.join(losses)} | {one.images} |\n")
+        lines.append(
+            f"| {one.method.name} | {front} | {copies} | {one.similarity:.2f} | {' | '.join(losses)} | {one.images} |\n"
+        )
     return "".join(lines)
 
 
 def _row(one: Candidate) -> dict[str, Any]:
     row: dict[str, Any] = {"policy": one.method.name, "front": int(one.front), "images": one.images}
     row |= {"copies": one.copies.mean, "copies_low": one.copies.low, "copies_high": one.copies.high}
+    row["similarity"] = one.similarity
     for name, (mean, low, high) in one.loss.items():
         row |= {name: one.fidelity[name], f"{name}_loss": mean, f"{name}_loss_low": low, f"{name}_loss_high": high}
     return row
@@ -152,8 +157,6 @@ def _plot(found: Swept, path: Path) -> None:
             100 * one.copies.mean, 100 * mean, xerr=xerr, yerr=yerr, fmt="o" if one.front else "x", capsize=3,
             label=one.method.name[:70] + (" (best)" if one is found.best else ""),
         )  # fmt: skip
-    front = sorted((one.copies.mean, one.worst) for one in found.candidates if one.front)
-    axes.plot([100 * x for x, _ in front], [100 * y for _, y in front], color="0.7", zorder=0)
     axes.set_xlabel("copies, % of images of memorized prompts")
     axes.set_ylabel("largest loss of fidelity on ordinary prompts, points")
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

@@ -27,7 +27,9 @@ class Judge(Protocol):
     """What the manifest says of it."""
 
     def __call__(self, prompt: Prompt, images: Sequence[Pair]) -> dict[str, list[float]]:
-        """For a memorized prompt "copies", 0 or 1 for each image; for another one its measures of fidelity."""
+        """For a memorized prompt "copies", 0 or 1 for each image, and "similarity", by which they are; for another one
+        its measures of fidelity.
+        """
 
 
 class ByAttributes:
@@ -45,7 +47,7 @@ class ByAttributes:
         if prompt.text not in self._scenes:
             reference = reference_of(prompt, {})
             assert reference is not None
-            return {"copies": [float(correlation(image, reference) > EMBEDDED_COPY) for image, _ in images]}
+            return _copies([correlation(image, reference) for image, _ in images], EMBEDDED_COPY)
         seen = [attributes(image, self._scenes[prompt.text]) for image, _ in images]
         return {name: [float(one[name]) for one in seen] for name in seen[0]}
 
@@ -72,8 +74,12 @@ class ByMetrics:
                 row |= dict(zip(metric.columns, found, strict=True))
         if reference is not None or prompt.label:
             name = self._to_plain if reference is None else self._to_reference
-            return {"copies": [float((row[name] or 0.0) > self._threshold) for row in values]}
+            return _copies([row[name] or 0.0 for row in values], self._threshold)
         return {self._fidelity: [row[self._fidelity] or 0.0 for row in values]}
+
+
+def _copies(similarity: list[float], threshold: float) -> dict[str, list[float]]:
+    return {"copies": [float(value > threshold) for value in similarity], "similarity": similarity}
 
 
 def judge_of(embedded_prompts: bool, weights: Weights, threshold: float) -> Judge:

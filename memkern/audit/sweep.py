@@ -26,7 +26,7 @@ from .summary import Summary, interval
 
 DEFAULT_PATTERNS = ("swap-pad", "swap-pad-zero-eot", "zero-pad:{0.6..1.0:0.05}")
 BATCH = 8
-RUNGS, LEAST = 3, 4
+RUNGS, LEAST = 3, 6
 """How many rounds, and how many policies the last one has at least."""
 
 
@@ -59,8 +59,8 @@ def sweep(
     """Find the policy with few copies and the least loss of fidelity, among a grid.
 
     Each round measures the policies that are left on more prompts, and leaves the better half: those that no other
-    beats in both copies and loss come first. The last round has all prompts. Images stay in the folder, so that a sweep
-    goes on where it stopped, and a larger grid makes what is missing.
+    beats in both similarity and loss come first. The last round has all prompts. Images stay in the folder, so that a
+    sweep goes on where it stopped, and a larger grid makes what is missing.
 
     Args:
         out: the folder of `sweep.csv`, `sweep.json`, `sweep.md`, `front.png`, `best.json` and `images/`.
@@ -146,7 +146,7 @@ class _Painter:
     def _judged(
         self, one: Method, prompts: Sequence[Prompt], seeds: Sequence[int]
     ) -> dict[str, dict[str, list[float]]]:
-        """Measure → prompt → values over seeds; "copies" of memorized prompts, the rest of ordinary ones."""
+        """Measure → prompt → values over seeds; "copies" and "similarity" of memorized prompts, the rest of others."""
         found: dict[str, dict[str, list[float]]] = {}
         for prompt in prompts:
             pictures = [
@@ -168,11 +168,12 @@ class _Painter:
         assert copies is not None
         fidelity, loss = {}, {}
         for name in own:
-            if name != "copies":
+            if name not in ("copies", "similarity"):
                 fidelity[name] = float(np.mean([np.mean(row) for row in own[name].values()]))
                 lost = np.array([np.mean(plain[name][prompt]) - np.mean(row) for prompt, row in own[name].items()])
                 loss[name] = (float(lost.mean()), *interval(lost))
-        return Candidate(one, policy, copies, fidelity, loss, images)
+        similarity = float(np.mean([np.mean(row) for row in own["similarity"].values()]))
+        return Candidate(one, policy, copies, similarity, fidelity, loss, images)
 
 
 def _rounds(prompts: Sequence[Prompt]) -> list[tuple[list[Prompt], bool]]:
