@@ -135,7 +135,7 @@ def plot(summaries: dict[str, dict[str, Summary]], measures: Sequence[str]) -> s
             xerr, yerr = ([[value.mean - value.low], [value.high - value.mean]] for value in (x, y))
             axes.errorbar(x.mean, y.mean, xerr=xerr, yerr=yerr, fmt="o", capsize=3, label=name)
     axes.set_xlabel(f"memorization: {NAMES[across]}")
-    axes.set_ylabel(f"fidelity: {NAMES[up]}")
+    axes.set_ylabel(f"fidelity:\n{NAMES[up]}")
     axes.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -22,7 +22,7 @@ NAMES = {
     "sscd_to_reference": "SSCD to the training image",
     "pixels_to_unmitigated": "pixel correlation with the unmitigated picture",
     "pixels_to_reference": "pixel correlation with the training image",
-    "kept": "of ordinary prompts, similarity to the unmitigated picture",
+    "kept": "ordinary prompts: similarity to the unmitigated picture",
     "clip_score": "CLIP score",
     "clip_score_changed": "CLIP score of the changed text",
     "aesthetic": "aesthetic score",
