@@ -1,4 +1,4 @@
-"""The command line: `memkern info`, `memkern demo` and `memkern audit`."""
+"""The command line: `memkern info`, `demo`, `audit`, `screen` and `sweep`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    return _audit(options) if options.command == "audit" else _demo(options)
+    return {"audit": _audit, "demo": _demo, "screen": _screen, "sweep": _sweep}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, build and backends")
     demo = commands.add_parser("demo", help="the same prompts and seeds, unpatched and patched, side by side")
-    demo.add_argument("--model", default=EMBEDDED, help="a diffusers folder or hub name (default: %(default)s)")
+    _model_options(demo)
     demo.add_argument("--prompt", action="append", help="several times; default: the captions of the embedded model")
     demo.add_argument("--policy", action="append", type=_policy, help="a preset, e.g. zero-pad:0.7; several times")
     demo.add_argument("--seeds", type=_seeds, default="0,1", help="(default: %(default)s)")
@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, help="write the numbers of the embedded model to this file")
     demo.add_argument("--out", type=Path, default=Path("memkern-demo"), help="folder (default: %(default)s)")
     _audit_parser(commands)
+    _screen_parser(commands)
+    _sweep_parser(commands)
     return parser
 
 
@@ -49,29 +51,92 @@ def _audit_parser(commands: Any) -> None:
         "how much a model memorizes, and what each policy does to that and to its pictures; goes on where it stopped"
     )
     audit = commands.add_parser("audit", help=about)
-    audit.add_argument("--model", default=EMBEDDED, help="a diffusers folder or hub name (default: %(default)s)")
-    audit.add_argument("--prompts", type=Path, help="a .csv, .jsonl or .txt file; default: those of the embedded model")
+    _model_options(audit)
+    audit.add_argument("--prompts", type=Path, help="a .csv, .tsv, .jsonl or .txt file; default: the embedded model's")
     audit.add_argument("--references", help="training images: a folder (0000.png …) or a column of the prompts' file")
-    methods = "presets, none, random-tokens:4, random-numbers:4, late-guidance:0.5, wen:3 (default: %(default)s)"
-    audit.add_argument("--policies", default="none,swap-pad-zero-eot,zero-pad:0.7", type=_names, help=methods)
-    audit.add_argument("--seeds", type=_seeds, default="0", help="(default: %(default)s)")
+    audit.add_argument("--policies", help="several of --policy, with commas between")
+    methods = (
+        "a preset, a .json file, none, random-tokens:4, random-numbers:4, late-guidance:0.5 or wen:3; several times"
+    )
+    audit.add_argument("--policy", action="append", help=f"{methods} (default: {', '.join(DEFAULT_POLICIES)})")
     audit.add_argument("--limit", type=int, help="only so many prompts")
-    audit.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    audit.add_argument("--guidance", type=float, default=7.5, help="(default: %(default)s)")
+    _protocol_options(audit)
     audit.add_argument("--sscd", type=Path, help="weights of SSCD, TorchScript or .onnx")
-    audit.add_argument("--clip", help="a CLIP model for the CLIP score")
+    audit.add_argument("--sscd-size", type=int, help="288 or 320 (default: 320 for a file named large, else 288)")
+    audit.add_argument("--clip", help="a CLIP model for the CLIP score, or open_clip:ARCHITECTURE/WEIGHTS")
+    audit.add_argument("--aesthetic", type=Path, help="a linear head on the CLIP model's embedding of images")
+    audit.add_argument("--lpips", type=Path, help="weights of AlexNet for LPIPS between seeds")
+    audit.add_argument("--threshold", type=float, default=0.5, help="of a copy's similarity (default: %(default)s)")
     audit.add_argument("--out", type=Path, default=Path("memkern-audit"), help="folder (default: %(default)s)")
 
 
-def _names(text: str) -> list[str]:
-    """Comma-separated, where a preset's own numbers are too: "guard:0.2,1.5,none" is two."""
-    found: list[str] = []
-    for part in text.split(","):
-        if found and part.replace(".", "", 1).lstrip("-").isdigit():
-            found[-1] += f",{part}"
-        else:
-            found.append(part)
-    return found
+def _screen_parser(commands: Any) -> None:
+    about = "which prompts of a list a model memorized, by scores that need no image; goes on where it stopped"
+    screen = commands.add_parser("screen", help=about)
+    _model_options(screen)
+    screen.add_argument("--prompts", type=Path, help="as for audit; a column memorized or label is compared with")
+    screen.add_argument("--limit", type=int, help="only so many prompts")
+    scores = "of pads, angle, noise, entropy; the first sorts the table (default: %(default)s)"
+    screen.add_argument("--scores", default="pads,angle,noise", type=_words, help=scores)
+    screen.add_argument("--seeds", type=_seeds, default="0", help="of the noise (default: %(default)s)")
+    screen.add_argument("--batch", type=int, default=8, help="prompts at once (default: %(default)s)")
+    screen.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
+    screen.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+    screen.add_argument("--out", type=Path, default=Path("memkern-screen"), help="folder (default: %(default)s)")
+
+
+def _sweep_parser(commands: Any) -> None:
+    about = "which policy is best for a model: copies against fidelity over a grid; goes on where it stopped"
+    sweep = commands.add_parser("sweep", help=about)
+    _model_options(sweep)
+    sweep.add_argument("--prompts", type=Path, help="memorized and ordinary ones; default: the embedded model's")
+    sweep.add_argument("--references", help="training images: a folder or a column of the prompts' file")
+    sweep.add_argument("--limit", type=int, help="only so many prompts")
+    pattern = "a preset, with ranges of its numbers: zero-pad:{0.3..1.0:0.1} or ren:{1.25,2}; several times"
+    sweep.add_argument("--policy", action="append", help=pattern)
+    where = "choices of blocks or layers of the edits, with commas between: all,down+mid,up (default: %(default)s)"
+    sweep.add_argument("--layers", type=_words, default="all", help=where)
+    when = "choices of the part of the schedule: 0-1,0-0.5 (default: %(default)s)"
+    sweep.add_argument("--steps", type=_words, default="0-1", help=when)
+    sweep.add_argument("--seeds", type=_seeds, default="0,1", help="of the sweep (default: %(default)s)")
+    sweep.add_argument(
+        "--check-seeds", type=_seeds, default="100,101,102,103", help="of the winner (default: %(default)s)"
+    )
+    sweep.add_argument("--max-copies", type=float, default=0.03, help="share that the winner may have (%(default)s)")
+    sweep.add_argument("--inference-steps", type=int, help="of an image (default: 20)")
+    sweep.add_argument("--guidance", type=float, help="(default: 7.5; 5 for the embedded model, as in the demo)")
+    sweep.add_argument("--scheduler", help="one of diffusers, such as DDIM (default: the model's)")
+    sweep.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
+    sweep.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+    sweep.add_argument("--batch", type=int, default=8, help="images at once (default: %(default)s)")
+    sweep.add_argument("--sscd", type=Path, help="weights of SSCD; without them pixels tell copies")
+    sweep.add_argument("--clip", help="a CLIP model; without it ordinary images are compared with the unpatched ones")
+    sweep.add_argument("--threshold", type=float, default=0.5, help="of a copy's similarity (default: %(default)s)")
+    sweep.add_argument("--out", type=Path, default=Path("memkern-sweep"), help="folder (default: %(default)s)")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    model = "a diffusers folder, hub name or .safetensors file (default: %(default)s)"
+    parser.add_argument("--model", default=EMBEDDED, help=model)
+    parser.add_argument("--config", help="a diffusers folder with the configuration of a .safetensors file")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="several times")
+
+
+def _protocol_options(parser: argparse.ArgumentParser) -> None:
+    """What is None takes the protocol's value, or the default one."""
+    parser.add_argument("--protocol", help="kim-no: how the paper made its pictures; every option here replaces a part")
+    parser.add_argument("--seeds", type=_seeds, help="(default: 0)")
+    parser.add_argument("--steps", type=int, help="(default: 20)")
+    parser.add_argument("--guidance", type=float, help="(default: 7.5)")
+    parser.add_argument("--scheduler", help="one of diffusers, such as DDIM (default: the model's)")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+    parser.add_argument("--generator-device", help="of the initial noise; pipeline is the model's (default: cpu)")
+    parser.add_argument("--batch", type=int, help="images at once, which changes rounding (default: 1)")
 
 
 def _policy(text: str) -> Policy:
@@ -92,13 +157,47 @@ def _audit(options: argparse.Namespace) -> int:
     from . import audit
 
     _hush()
-    given = {name: value for name, value in vars(options).items() if name != "command"}
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "policy", "lora")}
+    listed = [*([] if options.policies is None else audit.split(options.policies)), *(options.policy or [])]
+    given |= {"policies": listed or DEFAULT_POLICIES, "loras": options.lora}
     try:
         print(audit.run(**given))
     except (OSError, TypeError, ValueError, ImportError) as error:
-        print(f"memkern audit: {error}", file=sys.stderr)
-        return 1
+        return _failed("audit", error)
     return 0
+
+
+def _screen(options: argparse.Namespace) -> int:
+    from . import audit
+
+    _hush()
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "lora")}
+    try:
+        found = audit.screen(**given, loras=options.lora)
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        return _failed("screen", error)
+    if found is not None:
+        print(f"{found}\n{found.path}")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from . import audit
+
+    _hush()
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "lora", "policy")}
+    if options.policy:
+        given["policies"] = options.policy
+    try:
+        print(audit.sweep(**given, loras=options.lora))
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        return _failed("sweep", error)
+    return 0
+
+
+def _failed(command: str, error: Exception) -> int:
+    print(f"memkern {command}: {error}", file=sys.stderr)
+    return 1
 
 
 def _hush() -> None:
@@ -114,10 +213,13 @@ def _hush() -> None:
 def _demo(options: argparse.Namespace) -> int:
     _hush()
     try:
-        return _exhibit(options) if options.model == EMBEDDED and not options.prompt else _demonstrate(options)
+        return (
+            _exhibit(options)
+            if options.model == EMBEDDED and not (options.prompt or options.lora)
+            else _demonstrate(options)
+        )
     except (OSError, TypeError, ValueError) as error:
-        print(f"memkern demo: {error}", file=sys.stderr)
-        return 1
+        return _failed("demo", error)
 
 
 def _exhibit(options: argparse.Namespace) -> int:
@@ -144,7 +246,7 @@ def _demonstrate(options: argparse.Namespace) -> int:
 
     if options.json is not None:
         raise ValueError("--json: there are numbers for the captions of the embedded model only")
-    pipe, policies, prompts = _load(options.model), _policies(options), options.prompt or demo.PROMPTS
+    pipe, policies, prompts = _load(options), _policies(options), options.prompt or demo.PROMPTS
     grid = demo.demonstrate(
         pipe, prompts, policies, options.out, seeds=options.seeds, steps=options.steps, guidance=options.guidance
     )
@@ -163,17 +265,10 @@ def _write_roles(table: str, options: argparse.Namespace) -> Path:
     return path
 
 
-def _load(model: str) -> Any:
-    import torch
-    from diffusers import DiffusionPipeline
+def _load(options: argparse.Namespace) -> Any:
+    from .audit import Model, Protocol, load
 
-    from . import demo
-
-    if model == EMBEDDED:
-        return demo.load()
-    on_gpu = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if on_gpu else torch.float32)
-    return pipe.to("cuda" if on_gpu else "cpu")
+    return load(Model(options.model, options.config, tuple(options.lora)), Protocol())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from memkern import PRESETS, demo
-from memkern.cli import _names, main
+from memkern.audit import split
+from memkern.cli import main
 from memkern.testing import tiny_pipeline, train_tokenizer
 
 
@@ -122,4 +123,6 @@ def test_readme_lists_every_preset():
 
 
 def test_numbers_of_a_preset_stay_with_it():
-    assert _names("none,guard:0.2,1.5,zero-pad:0.7") == ["none", "guard:0.2,1.5", "zero-pad:0.7"]
+    assert split("none,guard:0.2,1.5,zero-pad:0.7") == ["none", "guard:0.2,1.5", "zero-pad:0.7"]
+    assert split("zero-pad:0.7, none") == ["zero-pad:0.7", "none"]
+    assert split("guard:0.2,1e-1, guard:.2,-1E+2 ,none") == ["guard:0.2,1e-1", "guard:.2,-1E+2", "none"]

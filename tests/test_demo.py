@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import memkern
 from memkern import demo
 from memkern.demo.grid import draw_grid
 from memkern.demo.judge import seen
@@ -57,6 +58,29 @@ def test_shares_and_what_is_written_of_them():
     assert numbers["policies"]["none"]["copies"] == 1
     assert numbers["policies"]["none"]["intervals"]["copies"] == [1, 1]
     assert numbers["policies"]["none"]["seconds_per_image"] == 0.25
+
+
+def test_g35_policies_take_turns(monkeypatch):
+    """A seed of each, then the next seed: a busier machine slows all of them. The pictures are those of one by one."""
+    pipe = demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    turns = []
+    original = demo.measure.__globals__["paint"]
+
+    def paint(pipe, captions, seeds, **options):
+        turns.append((memkern.status(pipe).patched, *seeds))
+        return original(pipe, captions, seeds, **options)
+
+    monkeypatch.setitem(demo.measure.__globals__, "paint", paint)
+    given = (demo.memorized()[:2], demo.scenes()[:2], (0, 1))
+    both = demo.measure(pipe, ["none", "zero-pad:1"], *given)
+    assert turns == [(patched, seed) for seed in (0, 1) for patched in (False, True) for _ in range(2)]
+    for one, name in zip(both, ("none", "zero-pad:1"), strict=True):
+        (alone,) = demo.measure(pipe, [name], *given)
+        assert one.policy == name
+        assert np.array_equal(one.memorized, alone.memorized)
+        assert np.array_equal(one.ordinary, alone.ordinary)
+        assert one.shares == alone.shares
 
 
 def test_grid_puts_pictures_under_their_labels():

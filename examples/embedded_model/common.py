@@ -79,4 +79,4 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def resume(path: Path) -> dict[str, Any] | None:
-    return torch.load(path, weights_only=False) if path.exists() else None
+    return torch.load(path, weights_only=True) if path.exists() else None

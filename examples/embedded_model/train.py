@@ -62,7 +62,7 @@ def measure(folder: Path) -> None:
     """Measure the model at `folder` under every policy; print the table and write `results.json` beside it."""
     pipe, posters, scenes = demo.load(folder), demo.memorized(folder), demo.scenes(folder)
     pipe.set_progress_bar_config(disable=True)
-    results = [demo.measure(pipe, policy, posters, scenes, SEEDS) for policy in POLICIES]
+    results = demo.measure(pipe, POLICIES, posters, scenes, SEEDS)
     captions = {"memorized": [caption for caption, _ in posters], "ordinary": [scene.caption for scene in scenes]}
     cosines = {
         kind: train_text_encoder.duplication(pipe.text_encoder, pipe.tokenizer, some) for kind, some in captions.items()

@@ -92,9 +92,12 @@ def examples(folder: Path) -> tuple[dict[str, Examples], Embedded]:
             name: Examples(_encode(vae, part.images), embed(text, tokenize, part.captions))
             for name, part in dataset.read(folder).items()
         }
-        common.save(cache, {"parts": parts, "empty": embed(text, tokenize, [""])})
+        # Tensors alone, which `torch.load` reads with `weights_only=True`.
+        states = {name: {"latents": part.latents, "text": vars(part.text)} for name, part in parts.items()}
+        common.save(cache, {"parts": states, "empty": vars(embed(text, tokenize, [""]))})
     state = common.resume(cache)
-    return state["parts"], state["empty"]
+    parts = {name: Examples(part["latents"], Embedded(**part["text"])) for name, part in state["parts"].items()}
+    return parts, Embedded(**state["empty"])
 
 
 class Sampler:

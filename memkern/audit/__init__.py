@@ -1,6 +1,26 @@
 """`memkern audit`: how much a model memorizes, and what each policy does to it and to ordinary prompts."""
 
+from .front import Candidate, Swept
+from .methods import split
+from .models import Model, load
 from .prompts import Prompt, read_prompts
+from .protocol import PROTOCOLS, Protocol
 from .run import run
+from .screen import Screened, screen
+from .sweep import sweep
 
-__all__ = ["Prompt", "read_prompts", "run"]
+__all__ = [
+    "PROTOCOLS",
+    "Candidate",
+    "Model",
+    "Prompt",
+    "Protocol",
+    "Screened",
+    "Swept",
+    "load",
+    "read_prompts",
+    "run",
+    "screen",
+    "split",
+    "sweep",
+]

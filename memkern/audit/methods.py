@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,28 +47,58 @@ class Method:
         prompt: changes a prompt's text before the tokenizer sees it, by the image's seed and the tokenizer.
         installed: puts it into a pipeline for the length of a `with` block.
         inputs: what a pipeline is called with, beside its options, for texts and a generator each.
+        document: the policy as JSON, where the name alone does not stand for it.
     """
 
     name: str
     prompt: Callable[[str, int, Any], str] = _same
     installed: Callable[[Any], Any] = _as_it_is
     inputs: Inputs = _texts
+    document: str | None = None
 
     @property
     def folder(self) -> str:
-        """The name as that of a folder."""
-        return re.sub(r"[^\w.,=-]", "_", self.name)
+        """The name as that of a folder; with a digest where other names could give the same one."""
+        plain = re.sub(r"[^\w.,=-]", "_", self.name)
+        if len(plain) <= 100 and re.fullmatch(r"[a-zA-Z0-9.,=-]+(:[a-zA-Z0-9.,=-]+)?", self.name):
+            return plain
+        return f"{plain[:80]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
-def method(name: str) -> Method:
-    """The method of that name: a policy's, or one of `ALTERNATIVES`.
+def split(text: str) -> list[str]:
+    """Comma-separated names, where a policy's own numbers are too: "guard:0.2,1e-1, none" is two."""
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if found and _is_number(part):
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def methods(given: Iterable[str | Path | Policy]) -> list[Method]:
+    """The methods of an audit, each once, "none" first; see `method`."""
+    # The text of a policy says all of it, so that one name is one method.
+    found = [Method(UNMITIGATED), *(method(one) for one in given)]
+    return list({one.name: one for one in found}.values())
+
+
+def method(given: str | Path | Policy) -> Method:
+    """One method: a `Policy`, a preset's name, a JSON file of a policy, or one of `ALTERNATIVES`.
 
     "none" is the pipeline as it is, not patched at all.
 
     Raises:
-        ValueError: it is neither.
+        FileNotFoundError, ValueError: it is none of them.
+        TypeError: something else than text, a path or a policy.
     """
-    name = name.strip()
+    if isinstance(given, Policy):
+        return _of_policy(given)
+    if not isinstance(given, (str, Path)):
+        raise TypeError(f"policies: expected names, Policy objects or JSON files, got {given!r}")
+    name = str(given).strip()
+    if Path(name).suffix.lower() == ".json":
+        return _of_policy(_from_file(Path(name)))
     if name == UNMITIGATED:
         return Method(name)
     kind, _, number = name.partition(":")
@@ -75,8 +107,29 @@ def method(name: str) -> Method:
     try:
         policy = Policy.parse(name)
     except ValueError as error:
-        raise ValueError(f"{error}; or one of the alternatives {', '.join(ALTERNATIVES)}") from None
+        others = f"one of the alternatives {', '.join(ALTERNATIVES)}, or a .json file of a policy"
+        raise ValueError(f"{error}; or {others}") from None
     return Method(name, installed=lambda pipe: patched(pipe, policy))
+
+
+def _of_policy(policy: Policy) -> Method:
+    name = str(policy)
+    if name == UNMITIGATED:
+        return Method(name)
+    try:
+        document = None if Policy.parse(name) == policy else policy.to_json()
+    except ValueError:
+        document = policy.to_json()
+    return Method(name, installed=lambda pipe: patched(pipe, policy), document=document)
+
+
+def _from_file(path: Path) -> Policy:
+    if not path.is_file():
+        raise FileNotFoundError(f"policies: there is no file {path}")
+    try:
+        return Policy.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"policies: {path}: {error}") from None
 
 
 def _random_additions(change: Callable[[str, int, Any, random.Random], str]) -> Callable[[str, str], Method]:
@@ -138,6 +191,14 @@ ALTERNATIVES: dict[str, Callable[[str, str], Method]] = {
     "wen": _wen,
 }
 """Name → a method from its string form, "random-tokens:4"."""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(name: str, text: str, default: Any, kind: Callable[[str], Any]) -> Any:

@@ -17,6 +17,10 @@ from PIL import Image
 from .methods import Method
 from .prompts import Prompt
 
+RECORDED = ("text", "seconds", "peak_mib", "noise_magnitude")
+TIMES = ("seconds", "peak_mib")
+"""What no two runs have in common."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -43,11 +47,11 @@ def is_done(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Image.Image, dict[str, Any]]:
-    """An image, RGB, and its record: "text", "seconds", "peak_mib", "noise_magnitude"."""
+    """An image, RGB, and its record: "text", "seconds", "peak_mib", "noise_magnitude"; None for what it lacks."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
-    record: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return picture, record
+    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return picture, {name: record.get(name) for name in RECORDED}
 
 
 def make(

@@ -11,10 +11,12 @@ from typing import Any
 from PIL import Image
 
 from ..demo.grid import draw_grid
+from .manifest import Contents
 from .methods import Method
 from .pictures import Job, read
 from .prompts import Prompt
-from .results import COPY, Summary, reference_of, summarize
+from .results import SIMILARITIES, reference_of
+from .summary import NAMES, Summary, cell, paired, summarize, write_summary
 
 SHOWN_PROMPTS = 50
 """In the grid; the table has all."""
@@ -30,51 +32,40 @@ PUBLISHED = {
 }
 """Kim & No (arXiv 2605.02908): SSCD to the unmitigated picture / CLIP score, Stable Diffusion 1.4, 458 prompts."""
 
-COPY_MEASURES = ("sscd_to_unmitigated", "sscd_to_reference", "pixels_to_unmitigated", "pixels_to_reference")
-NAMES = {
-    "sscd_to_unmitigated": "SSCD to the unmitigated picture",
-    "sscd_to_reference": "SSCD to the training image",
-    "pixels_to_unmitigated": "pixel correlation with the unmitigated picture",
-    "pixels_to_reference": "pixel correlation with the training image",
-    "clip_score": "CLIP score",
-    "lpips_diversity": "LPIPS between seeds",
-    "noise_magnitude": "text-conditional noise (Wen et al.)",
-    "seconds": "seconds a picture",
-    "peak_mib": "peak memory, MiB",
-}
-
 
 def write_report(
     out: Path,
-    settings: dict[str, Any],
+    contents: Contents,
     table: Sequence[dict[str, Any]],
-    prompts: Sequence[Prompt],
-    methods: Sequence[Method],
-    seeds: Sequence[int],
     notes: Sequence[str],
+    threshold: float,
 ) -> Path:
-    """Write `grid.png` and `report.html` from the rows of the results; the page's path."""
+    """Write `grid.png`, the summaries and `report.html` from the rows of the results; the page's path."""
     from jinja2 import Environment, PackageLoader
 
-    summaries = summarize(table)
-    draw(out, table, prompts, methods, seeds).save(out / "grid.png")
+    summaries = summarize(table, threshold)
+    write_summary(out, table, threshold)
+    draw(out, table, contents.prompts, contents.methods, contents.seeds).save(out / "grid.png")
     measures = [name for name in NAMES if any(name in of_method for of_method in summaries.values())]
     page = Environment(loader=PackageLoader("memkern.audit", "."), autoescape=True).get_template("report.html.j2")
     text = page.render(
-        settings=settings,
-        methods=[one.name for one in methods],
+        settings=contents.settings,
+        seeds=contents.seeds,
+        methods=[one.name for one in contents.methods],
         measures=measures,
         names=NAMES,
         summaries=summaries,
-        copies=COPY_MEASURES,
-        threshold=COPY,
-        cell=_cell,
+        copies=SIMILARITIES,
+        threshold=threshold,
+        cell=cell,
+        differences=paired(table),
         published=PUBLISHED if "clip_score" in measures and "sscd_to_unmitigated" in measures else {},
         grid_measure=NAMES.get(grid_measure(table) or ""),
         grid=_inline((out / "grid.png").read_bytes()),
         plot=plot(summaries, measures),
-        shown=min(len(prompts), SHOWN_PROMPTS),
-        count=len(prompts),
+        fidelity=axes_of(measures) is not None,
+        shown=min(len(contents.prompts), SHOWN_PROMPTS),
+        count=len(contents.prompts),
         notes=notes,
     )
     path = out / "report.html"
@@ -112,15 +103,26 @@ def draw(
 
 def grid_measure(table: Sequence[dict[str, Any]]) -> str | None:
     """What is written under the pictures: the first similarity that was measured."""
-    return next((name for name in COPY_MEASURES if any(row.get(name) is not None for row in table)), None)
+    return next((name for name in SIMILARITIES if any(row.get(name) is not None for row in table)), None)
+
+
+def axes_of(measures: Sequence[str]) -> tuple[str, str] | None:
+    """What a chart of memorization against fidelity has on its axes, of what was measured; None without such a pair.
+
+    Memorization is the similarity to the training image where there is one, else to the unmitigated picture; fidelity
+    the CLIP score, else how far ordinary prompts keep their picture.
+    """
+    across = ("sscd_to_reference", "pixels_to_reference", "sscd_to_unmitigated", "pixels_to_unmitigated")
+    found = [next((name for name in names if name in measures), None) for names in (across, ("clip_score", "kept"))]
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
 def plot(summaries: dict[str, dict[str, Summary]], measures: Sequence[str]) -> str:
     """Memorization against fidelity, a point per method, as an inline picture; "" without matplotlib or a pair."""
-    across = next((name for name in COPY_MEASURES if name in measures), None)
-    up = next((name for name in ("clip_score", "lpips_diversity", "noise_magnitude") if name in measures), None)
-    if across is None or up is None:
+    pair = axes_of(measures)
+    if pair is None:
         return ""
+    across, up = pair
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -132,20 +134,12 @@ def plot(summaries: dict[str, dict[str, Summary]], measures: Sequence[str]) -> s
             x, y = found[across], found[up]
             xerr, yerr = ([[value.mean - value.low], [value.high - value.mean]] for value in (x, y))
             axes.errorbar(x.mean, y.mean, xerr=xerr, yerr=yerr, fmt="o", capsize=3, label=name)
-    axes.set_xlabel(NAMES[across])
-    axes.set_ylabel(NAMES[up])
+    axes.set_xlabel(f"memorization: {NAMES[across]}")
+    axes.set_ylabel(f"fidelity:\n{NAMES[up]}")
     axes.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return _inline(buffer.getvalue())
-
-
-def _cell(summary: Summary | None) -> str:
-    if summary is None:
-        return "–"
-    if summary.mean >= 100:
-        return f"{summary.mean:.0f}"
-    return f"{summary.mean:.3f} ({summary.low:.3f}–{summary.high:.3f})"
 
 
 def _inline(png: bytes) -> str:

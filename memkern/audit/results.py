@@ -1,56 +1,27 @@
-"""The table of an audit: a row per picture, and a summary per method."""
+"""The tables of an audit: a row per picture."""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from .methods import UNMITIGATED, Method
 from .metrics import Metric, Shown
-from .pictures import Job, read
+from .pictures import TIMES, Job, read
 from .prompts import Prompt
 
-RESAMPLES = 2000
 COPY = 0.5
 """The similarity above which a picture counts as a copy, as in Kim & No and Wen et al."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One measure of one method.
-
-    Attributes:
-        mean: over prompts, of the mean over seeds.
-        low, high: its 95 % interval, by a bootstrap over prompts.
-        above: the share of pictures above `COPY`.
-        count: how many pictures had a value.
-    """
-
-    mean: float
-    low: float
-    high: float
-    above: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[Sequence[float]]) -> Summary | None:
-        """Of values per prompt; None without any."""
-        kept = [np.asarray(row, np.float64) for row in values if len(row)]
-        if not kept:
-            return None
-        means: NDArray[np.float64] = np.array([row.mean() for row in kept])
-        picks = np.random.default_rng(0).integers(len(means), size=(RESAMPLES, len(means)))
-        low, high = np.quantile(means[picks].mean(1), (0.025, 0.975))
-        every = np.concatenate(kept)
-        return cls(float(means.mean()), float(low), float(high), float((every > COPY).mean()), len(every))
+SIMILARITIES = ("sscd_to_unmitigated", "sscd_to_reference", "pixels_to_unmitigated", "pixels_to_reference")
+FORMULA = tuple("=+-@\t\n＝＋－＠")
+"""What a spreadsheet takes for the beginning of a formula."""
+KEY = ("prompt_id", "method", "seed")
+TEXTS = ("prompt_id", "prompt", "method", "image", "text")
 
 
 def reference_of(prompt: Prompt, broken: dict[str, str]) -> Image.Image | None:
@@ -73,6 +44,7 @@ def rows(
     seeds: Sequence[int],
     measures: Sequence[Metric],
     broken: dict[str, str],
+    threshold: float = COPY,
 ) -> Iterator[dict[str, Any]]:
     """The table's rows, a prompt at a time: no more of the pictures is in memory."""
     for prompt in prompts:
@@ -82,6 +54,7 @@ def rows(
             Shown(
                 made[one.name, seed][0],
                 prompt.text,
+                made[one.name, seed][1]["text"],
                 made[UNMITIGATED, seed][0],
                 reference,
                 tuple(made[one.name, other][0] for other in seeds if other != seed),
@@ -95,43 +68,46 @@ def rows(
             row["image"] = str(Job(one, prompt, seed).path(Path()).as_posix())
             for metric, found in zip(measures, scores, strict=True):
                 row |= dict(zip(metric.columns, found[index], strict=True))
+            for name in SIMILARITIES:
+                if name in row:
+                    row[f"{name}_above"] = None if row[name] is None else int(row[name] > threshold)
             yield row | made[one.name, seed][1]
 
 
-def write_csv(path: Path, table: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the rows in one move, numbers with six digits; the rows, without texts."""
-    partial = path.with_suffix(".partial")
+def write_csv(out: Path, table: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write `results.csv`, and what differs between any two runs to `times.csv`, each in one move.
+
+    Numbers have six digits, and text that a spreadsheet would run as a formula has an apostrophe before it.
+
+    Returns:
+        The rows, without prompts and texts.
+    """
     kept = []
-    with partial.open("w", encoding="utf-8", newline="") as lines:
-        writer = None
+    partial = {name: (out / name).with_suffix(".partial") for name in ("results.csv", "times.csv")}
+    with (
+        partial["results.csv"].open("w", encoding="utf-8", newline="") as results,
+        partial["times.csv"].open("w", encoding="utf-8", newline="") as times,
+    ):
+        writers: list[csv.DictWriter[str]] = []
         for row in table:
-            if writer is None:
-                writer = csv.DictWriter(lines, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            )
+            if not writers:
+                names = ([name for name in row if name not in TIMES], [*KEY, *TIMES])
+                for file, columns in zip((results, times), names, strict=True):
+                    writers.append(csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n"))
+                    writers[-1].writeheader()
+            written = {name: cell(value) for name, value in row.items()}
+            for writer in writers:
+                writer.writerow(written)
             kept.append({name: value for name, value in row.items() if name not in ("prompt", "text")})
-    os.replace(partial, path)
+    for name, path in partial.items():
+        os.replace(path, out / name)
     return kept
 
 
-NOT_MEASURED = ("prompt_id", "method", "seed", "image", "text")
-
-
-def summarize(table: Sequence[dict[str, Any]]) -> dict[str, dict[str, Summary]]:
-    """Method → measure → its summary."""
-    measures = [name for name in table[0] if name not in NOT_MEASURED]
-    found: dict[str, dict[str, Summary]] = {}
-    for name in dict.fromkeys(row["method"] for row in table):
-        own = [row for row in table if row["method"] == name]
-        found[name] = {}
-        for measure in measures:
-            per_prompt: dict[str, list[float]] = {}
-            for row in own:
-                if row[measure] is not None:
-                    per_prompt.setdefault(row["prompt_id"], []).append(row[measure])
-            summary = Summary.of(list(per_prompt.values()))
-            if summary is not None:
-                found[name][measure] = summary
-    return found
+def cell(value: Any) -> Any:
+    """A value as it is written: numbers with six digits, no text that a spreadsheet would run."""
+    if isinstance(value, str):
+        # csv leaves a lone carriage return unquoted, and readers end the row there.
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
+        return f"'{value}" if value.startswith(FORMULA) else value
+    return f"{value:.6g}" if isinstance(value, float) else value

@@ -2,186 +2,136 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..demo import embedded
-from .methods import UNMITIGATED, method
-from .metrics import metrics
+from ..policy import Policy
+from .listed import listed
+from .manifest import Contents, grown, write_manifest
+from .methods import UNMITIGATED, methods, split
+from .metrics import Weights, metrics
+from .models import EMBEDDED, Model, opened, settings_of
 from .pictures import Job, is_done, make
-from .prompts import Prompt, read_prompts
+from .processes import place, wait
+from .protocol import protocol as protocol_of
 from .report import write_report
-from .results import rows, write_csv
+from .results import COPY, rows, write_csv
 
-EMBEDDED = "embedded"
 DEFAULT_POLICIES = (UNMITIGATED, "swap-pad-zero-eot", "zero-pad:0.7")
 
 
 def run(
     *,
     out: str | Path,
-    model: str = EMBEDDED,
+    model: Any = EMBEDDED,
+    config: str | None = None,
+    loras: Sequence[str] = (),
     prompts: str | Path | None = None,
     references: str | None = None,
-    policies: Sequence[str] = DEFAULT_POLICIES,
-    seeds: Sequence[int] = (0,),
+    policies: str | Sequence[str | Path | Policy] = DEFAULT_POLICIES,
     limit: int | None = None,
-    steps: int = 20,
-    guidance: float = 7.5,
+    protocol: str | None = None,
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    generator_device: str | None = None,
+    batch: int | None = None,
     sscd: str | Path | None = None,
+    sscd_size: int | None = None,
     clip: str | None = None,
+    aesthetic: str | Path | None = None,
+    lpips: str | Path | None = None,
+    threshold: float = COPY,
     quiet: bool = False,
 ) -> Path:
     """Audit a model: how much it memorizes, and what each policy does to that and to its pictures.
 
-    Run again with the same settings it goes on where it stopped. Under `accelerate launch` the pictures are split
-    among the processes, and the first of them measures and reports.
+    Run again with the same settings it goes on where it stopped; with further policies, seeds or prompts it makes what
+    is missing and nothing else. Under `accelerate launch` the pictures are split among the processes, and the first of
+    them measures and reports.
 
     Args:
         out: the folder of `results.csv`, `report.html`, `grid.png`, `manifest.json` and `images/`.
-        model: a diffusers folder or hub name; by default the embedded model, with its own prompts.
-        prompts: a .csv, .jsonl or .txt file; see `read_prompts`.
+        model: "embedded" with its own prompts, a diffusers folder or hub name, a `.safetensors` file of a whole
+            checkpoint, or a loaded pipeline.
+        config: a folder or hub name with the configuration of a single file.
+        loras: `.safetensors` files, "FILE" or "FILE:weight".
+        prompts: a .csv, .tsv, .jsonl or .txt file; see `read_prompts`.
         references: a folder or column of training images.
-        policies: presets of memkern, "none" for the unpatched pipeline (always in), or alternatives: "random-tokens:4",
-            "random-numbers:4", "late-guidance:0.5", "wen:3".
-        seeds: of the initial noise.
+        policies: presets, `Policy` objects, JSON files of them, "none" for the unpatched pipeline (always in), or
+            alternatives: "random-tokens:4", "random-numbers:4", "late-guidance:0.5", "wen:3".
         limit: how many prompts, from the start.
-        steps, guidance: of the pipeline.
-        sscd: SSCD's weights; clip: a CLIP model. What is not given is not measured.
+        protocol: "kim-no", or None for one picture of 20 steps; what follows replaces its parts.
+        seeds, steps, guidance, scheduler, dtype, device, generator_device, batch: see `Protocol`.
+        sscd, sscd_size, clip, aesthetic, lpips: see `Weights`. What is not given is not measured, and named.
+        threshold: the similarity above which a picture counts as a copy.
         quiet: no progress bars and no lines.
 
     Returns:
         The path of `report.html`.
 
     Raises:
-        FileNotFoundError, ValueError: prompts, weights or policies that are not there or not right, a model that
-            cannot be patched (with the reasons), or a folder with another audit.
+        FileNotFoundError, TypeError, ValueError: prompts, weights or policies that are not there or not right, a model
+            that cannot be patched (with the reasons), or a folder with another audit.
         OSError: the folder cannot be written; what was made stays.
     """
     out = Path(out)
-    methods = [method(name) for name in dict.fromkeys([UNMITIGATED, *policies])]
-    listed = _prompts(model, None if prompts is None else Path(prompts), references, limit)
-    rank, world = _place()
-    measures, missing = metrics(
-        sscd=None if sscd is None else Path(sscd), clip=clip, device="cuda" if torch.cuda.is_available() else "cpu"
+    given = split(policies) if isinstance(policies, str) else policies
+    chosen = methods([given] if isinstance(given, Policy) else given)
+    made = protocol_of(
+        protocol,
+        seeds=None if seeds is None else tuple(seeds),
+        steps=steps,
+        guidance=guidance,
+        scheduler=scheduler,
+        dtype=dtype,
+        device=device,
+        generator_device=generator_device,
+        batch=batch,
     )
-    settings = {
-        "model": model,
-        "prompts": [[prompt.id, prompt.text] for prompt in listed],
-        "methods": [one.name for one in methods],
-        "seeds": list(seeds),
-        "steps": steps,
-        "guidance": guidance,
-    }
+    source = Model(model, config, tuple(loras))
+    of = listed(source, prompts, references, limit)
+    rank, world = place()
+    weights = Weights(_path(sscd), sscd_size, clip, _path(aesthetic), _path(lpips))
+    measures, missing = metrics(weights, "cuda" if torch.cuda.is_available() else "cpu")
+    asked = Contents(of, chosen, list(made.seeds), settings_of(source, made))
     if rank == 0:
-        _manifest(out, settings)
-    jobs = [Job(one, prompt, seed) for one in methods for prompt in listed for seed in seeds]
+        described = {name: value for metric in measures for name, value in metric.described.items()}
+        write_manifest(out, grown(out, asked), described | {"threshold": threshold, "not_measured": missing})
+    wait(world)
+    held = grown(out, asked)
+    jobs = [Job(one, prompt, seed) for one in held.methods for prompt in held.prompts for seed in held.seeds]
     # Which are left is looked up before any is made, so that all processes split the same list.
     left = [job for job in jobs if not is_done(job.path(out))]
-    _wait(world)
-    mine = left[rank::world]
-    if mine:
-        pipe = _pipeline(model, rank)
-        options = {"num_inference_steps": steps, "guidance_scale": guidance}
-        with tqdm(total=len(mine), desc="pictures", unit="picture", disable=quiet or rank > 0) as bar:
-            make(pipe, mine, out, options, bar.update)
-    _wait(world)
+    wait(world)
+    if mine := left[rank::world]:
+        with opened(source, made, rank) as pipe, _bar("pictures", len(mine), quiet or rank > 0) as bar:
+            options = {"num_inference_steps": made.steps, "guidance_scale": made.guidance}
+            generators = made.generators_of(pipe)
+            make(pipe, mine, out, options, bar.update, batch=made.batch, generator_device=generators)
+    wait(world)
     if rank > 0:
         return out / "report.html"
     broken: dict[str, str] = {}
-    found = rows(out, listed, methods, list(seeds), measures, broken)
-    count = len(jobs)
-    table = write_csv(out / "results.csv", tqdm(found, total=count, desc="measures", unit="picture", disable=quiet))
+    found = rows(out, held.prompts, held.methods, held.seeds, measures, broken, threshold)
+    table = write_csv(out, tqdm(found, total=len(jobs), desc="measures", unit="picture", disable=quiet))
     notes = [f"not measured: {line}" for line in missing]
     notes += [f"{len(broken)} references are no images and were skipped: {', '.join(sorted(broken))}"] if broken else []
     for line in () if quiet else notes:
         print(line)
-    return write_report(out, settings, table, listed, methods, list(seeds), notes)
+    return write_report(out, held, table, notes, threshold)
 
 
-def _prompts(model: str, path: Path | None, references: str | None, limit: int | None) -> list[Prompt]:
-    if path is not None:
-        return read_prompts(path, references=references, limit=limit)
-    if model != EMBEDDED:
-        raise ValueError("prompts: a file of prompts is needed, but for the embedded model")
-    files = json.loads((embedded.MODEL / "memorized.json").read_text(encoding="utf-8"))
-    listed = [(entry["caption"], embedded.MODEL / entry["image"]) for entry in files]
-    listed += [(caption, None) for caption in embedded.ordinary()]
-    return [Prompt(f"{place:04d}", text, image) for place, (text, image) in enumerate(listed[:limit])]
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
-def _pipeline(model: str, rank: int) -> Any:
-    from diffusers import DiffusionPipeline
-
-    from ..pipelines.support import support
-
-    if model == EMBEDDED:
-        pipe = embedded.load()
-    else:
-        on_gpu = torch.cuda.is_available()
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if on_gpu else torch.float32)
-    found = support(pipe)
-    if not found:
-        raise ValueError(f"model: {found}")
-    pipe.set_progress_bar_config(disable=True)
-    if not torch.cuda.is_available():
-        return pipe
-    return pipe.to(f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}")
-
-
-def _manifest(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings and versions; refuse a folder that holds an audit with other settings."""
-    import diffusers
-    import transformers
-
-    from .. import __version__
-
-    path = out / "manifest.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            raise ValueError(f"out: {out} holds an audit with other {', '.join(changed)}; take another folder")
-        return
-    versions = {
-        "memkern": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    text = json.dumps({"settings": settings, "versions": versions, "sha256": _digest(settings)}, indent=1)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"out: {out} cannot be written: {error}") from error
-
-
-def _digest(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not torch.distributed.is_initialized():
-        # The others wait for the slowest, which may be long.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    return int(os.environ.get("RANK", "0")), world
-
-
-def _wait(world: int) -> None:
-    if world > 1:
-        torch.distributed.barrier()
+def _bar(what: str, count: int, quiet: bool) -> Any:
+    return tqdm(total=count, desc=what, unit="picture", disable=quiet)

@@ -26,7 +26,7 @@ def exhibit(pipe: Any, policies: Sequence[Policy], out: Path, *, seeds: Sequence
     Args:
         pipe: the embedded model, unpatched.
         policies: after the unpatched pipeline, which comes first.
-        out: the folder of `memorized.png` and `ordinary.png`, redrawn after every policy.
+        out: the folder of `memorized.png` and `ordinary.png`.
         seeds: of the initial latents; the grids show the first two.
 
     Returns:
@@ -36,12 +36,10 @@ def exhibit(pipe: Any, policies: Sequence[Policy], out: Path, *, seeds: Sequence
     posters, ordinary = memorized(), scenes()
     out.mkdir(parents=True, exist_ok=True)
     every = [Policy.parse("none"), *(policy for policy in policies if policy != Policy())]
-    results = []
     with tqdm(total=len(every) * len(seeds) * (len(posters) + len(ordinary)), desc="pictures", unit="picture") as bar:
-        for policy in every:
-            results.append(measure(pipe, policy, posters, ordinary, seeds, painted=bar.update))
-            _draw_posters(posters, results, seeds).save(out / "memorized.png")
-            _draw_ordinary(ordinary, results, seeds).save(out / "ordinary.png")
+        results = measure(pipe, every, posters, ordinary, seeds, painted=bar.update)
+    _draw_posters(posters, results, seeds).save(out / "memorized.png")
+    _draw_ordinary(ordinary, results, seeds).save(out / "ordinary.png")
     return results
 
 

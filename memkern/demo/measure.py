@@ -92,29 +92,51 @@ def paint(
 
 def measure(
     pipe: Any,
-    policy: Policy | str,
+    policies: Sequence[Policy | str],
     memorized: Sequence[tuple[str, Image.Image]],
     scenes: Sequence[Scene],
     seeds: Sequence[int],
     *,
     painted: Callable[[int], object] = lambda count: None,
-) -> Measured:
-    """Paint and measure under one policy.
+) -> list[Measured]:
+    """Paint and measure under each policy.
+
+    The policies take turns, a seed each, so that a machine that is busier for a while slows all of them.
 
     Args:
         pipe: the embedded model, unpatched.
-        policy: "none" leaves the pipeline unpatched.
+        policies: "none" leaves the pipeline unpatched.
         memorized: captions and their training images.
         scenes: ordinary captions with their attributes.
         seeds: of the initial latents.
         painted: told the number of pictures after each batch.
     """
-    policy = Policy.of(policy)
-    start = time.perf_counter()
-    with nullcontext() if policy == Policy() else patched(pipe, policy):
-        posters = paint(pipe, [caption for caption, _ in memorized], seeds, painted=painted)
-        ordinary = paint(pipe, [scene.caption for scene in scenes], seeds, painted=painted)
-    seconds = (time.perf_counter() - start) / (len(seeds) * (len(memorized) + len(scenes)))
+    every = [Policy.of(policy) for policy in policies]
+    captions = [caption for caption, _ in memorized], [scene.caption for scene in scenes]
+    pictures: list[tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]] = [([], []) for _ in every]
+    seconds = [0.0] * len(every)
+    for seed in seeds:
+        for place, policy in enumerate(every):
+            start = time.perf_counter()
+            with nullcontext() if policy == Policy() else patched(pipe, policy):
+                for kind, texts in zip(pictures[place], captions, strict=True):
+                    kind.append(paint(pipe, texts, [seed], painted=painted))
+            seconds[place] += time.perf_counter() - start
+    count = len(seeds) * (len(memorized) + len(scenes))
+    found = []
+    for policy, kinds, taken in zip(every, pictures, seconds, strict=True):
+        posters, ordinary = (np.concatenate(kind, axis=1) for kind in kinds)
+        shares = _shares(posters, ordinary, memorized, scenes)
+        found.append(Measured(str(policy), posters, ordinary, shares, taken / count))
+    return found
+
+
+def _shares(
+    posters: NDArray[np.uint8],
+    ordinary: NDArray[np.uint8],
+    memorized: Sequence[tuple[str, Image.Image]],
+    scenes: Sequence[Scene],
+) -> dict[str, Share]:
     close = np.array(
         [[correlation(picture, image) for picture in row] for row, (_, image) in zip(posters, memorized, strict=True)]
     )
@@ -122,7 +144,7 @@ def measure(
     shares = {"copies": Share.of((close > COPY).astype(float)), "correlation": Share.of(close)}
     for name in ATTRIBUTES:
         shares[name] = Share.of(np.array([[float(verdict[name]) for verdict in row] for row in verdicts]))
-    return Measured(str(policy), posters, ordinary, shares, seconds)
+    return shares
 
 
 def table(results: Sequence[Measured]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from by_hand import SWAPS, edit, tokenize
+from diffusers import DDIMScheduler
 from families import sdxl_families
 
 import memkern
+from memkern.audit.scores import SCORES, Passes
 
 PROMPTS = ["a cat", "a photograph of an astronaut riding a horse!"]
 SECOND = ["a painting", "in the style of a very long and windy description"]
@@ -161,3 +163,17 @@ def test_text_encoder_calls_of_ones_own(sdxl):
             edited(first)
         made = edited(torch.cat([first, second], -1))
     assert torch.equal(made, expected)
+
+
+def test_screening(sdxl):
+    """Scores of memorization are made of all that the pipeline's own call gives the UNet."""
+    sdxl.scheduler = DDIMScheduler.from_config(sdxl.scheduler.config)
+    texts = ["a cat", "a photograph of two dogs"]
+    passes = Passes(sdxl, texts, [torch.Generator().manual_seed(0) for _ in texts], 5)
+    given = {}
+    handle = sdxl.unet.register_forward_pre_hook(lambda m, args, kwargs: given.update(kwargs), with_kwargs=True)
+    assert all(SCORES["pads"](passes) > 0)
+    assert all(SCORES["noise"](passes) > 0)
+    handle.remove()
+    assert set(given["added_cond_kwargs"]) == {"text_embeds", "time_ids"}
+    assert memkern.status(sdxl).patched is False

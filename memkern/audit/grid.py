@@ -1,0 +1,95 @@
+"""A grid of policies: a preset's numbers, and where in the UNet and in the schedule its edits apply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from decimal import Decimal, InvalidOperation
+from itertools import product
+
+from ..policy import Policy
+
+EVERYWHERE = "all"
+
+RANGE = re.compile(r"\{([^{}]*)\}")
+
+
+def grid(
+    patterns: Sequence[str], layers: Sequence[str] = (EVERYWHERE,), steps: Sequence[str] = ("0-1",)
+) -> list[Policy]:
+    """Every policy of the grid, each once.
+
+    Args:
+        patterns: presets, a number of which may be a range or a list in braces: "zero-pad:{0.3..1.0:0.1}" is eight,
+            "guard:{0.2,0.5},1.5" two.
+        layers: for each choice the blocks or layers of the edits, "down+mid"; "all" is no limit.
+        steps: for each choice the part of the schedule, "0-0.5".
+
+    Raises:
+        ValueError: a pattern, a layer or a part that cannot be.
+    """
+    places = [_layers(text) for text in layers]
+    parts = [_part(text) for text in steps]
+    found: dict[Policy, None] = {}
+    for pattern in patterns:
+        for text in expanded(pattern):
+            policy = Policy.parse(text)
+            for place, part in product(places, parts):
+                found.setdefault(_limited(policy, place, part))
+    return list(found)
+
+
+def expanded(pattern: str) -> Iterator[str]:
+    """The texts that a pattern stands for, the last range fastest."""
+    match = RANGE.search(pattern)
+    if match is None:
+        yield pattern.strip()
+        return
+    for value in _values(match[1], pattern):
+        for rest in expanded(pattern[match.end() :]) if pattern[match.end() :] else [""]:
+            yield f"{pattern[: match.start()].strip()}{value}{rest}"
+
+
+def _values(text: str, pattern: str) -> list[str]:
+    """Of "0.3..1.0:0.1", both ends included, or of "0.2,0.5"; decimal, so that no digit is lost on the way."""
+    wrong = ValueError(
+        f"policy: expected a range such as {{0.3..1.0:0.1}} or a list such as {{0.2,0.5}}, got {pattern!r}"
+    )
+    if ".." not in text:
+        values = [value.strip() for value in text.split(",")]
+        if not all(values):
+            raise wrong
+        return values
+    try:
+        first, _, rest = text.partition("..")
+        last, _, by = rest.partition(":")
+        start, stop, step = Decimal(first), Decimal(last), Decimal(by or "1")
+    except InvalidOperation:
+        raise wrong from None
+    if not (step > 0 and start <= stop):
+        raise wrong
+    return [f"{start + step * place:f}" for place in range(int((stop - start) / step) + 1)]
+
+
+def _limited(policy: Policy, layers: tuple[str, ...] | None, part: tuple[float, float] | None) -> Policy:
+    """The policy with its edits in these layers and steps; re-embedded pads are so everywhere."""
+    if layers is None and part is None:
+        return policy
+    edits = tuple(replace(edit, layers=layers or edit.layers, steps=part or edit.steps) for edit in policy.edits)
+    return replace(policy, edits=edits)
+
+
+def _layers(text: str) -> tuple[str, ...] | None:
+    return None if text.strip() == EVERYWHERE else tuple(name.strip() for name in text.split("+"))
+
+
+def _part(text: str) -> tuple[float, float] | None:
+    first, dash, last = text.partition("-")
+    try:
+        part = float(first), float(last)
+    except ValueError:
+        part = (1.0, 0.0)
+    if not (dash and 0 <= part[0] < part[1] <= 1):
+        raise ValueError(f"steps: expected a part of the schedule such as 0-0.5, got {text!r}")
+    return None if part == (0, 1) else part

@@ -1,0 +1,127 @@
+"""How the pictures of an audit are made: every number that changes them, and published sets of them by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PIPELINE = "pipeline"
+"""As the device of the generators: the pipeline's."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How pictures are made.
+
+    Attributes:
+        seeds: of the initial noise.
+        steps, guidance: of the pipeline.
+        scheduler: a class of diffusers, "DDIM" or "DDIMScheduler"; None is the model's own.
+        dtype: of the weights; None is float16 on a GPU and float32 elsewhere.
+        device: None is the first GPU, or the CPU.
+        generator_device: of the initial noise; "pipeline" is the pipeline's. The CPU's noise is the same on every card.
+        batch: how many pictures are made at once, a generator each.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 20
+    guidance: float = 7.5
+    scheduler: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    generator_device: str = "cpu"
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", _seeds(self.seeds))
+        for name in ("steps", "batch"):
+            _whole(name, getattr(self, name), 1)
+        if isinstance(self.guidance, bool) or not isinstance(self.guidance, (int, float)):
+            raise TypeError(f"guidance: expected a number, got {self.guidance!r}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.scheduler is not None:
+            object.__setattr__(self, "scheduler", scheduler_class(self.scheduler).__name__)
+        if self.device is not None:
+            device("device", self.device)
+        if self.generator_device != PIPELINE:
+            device("generator_device", self.generator_device)
+
+    def generators_of(self, pipe: Any) -> str:
+        """The device of the generators for that pipeline."""
+        return str(pipe.device) if self.generator_device == PIPELINE else self.generator_device
+
+
+def protocol(name: str | None = None, **given: Any) -> Protocol:
+    """The protocol of that name, or the default one, with what is given in place of its own.
+
+    Args:
+        given: attributes of `Protocol`; None is not given.
+
+    Raises:
+        TypeError, ValueError: an unknown name, or a value that cannot be.
+    """
+    if name is not None and name not in PROTOCOLS:
+        raise ValueError(f"protocol: expected {', '.join(PROTOCOLS)}, got {name!r}")
+    assert given.keys() <= {part.name for part in fields(Protocol)}
+    base = Protocol() if name is None else PROTOCOLS[name]
+    return replace(base, **{key: value for key, value in given.items() if value is not None})
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler of diffusers that "DDIM" or "DDIMScheduler" names."""
+    import diffusers
+
+    found = getattr(diffusers, name if name.endswith("Scheduler") else f"{name}Scheduler", None)
+    if not (isinstance(found, type) and hasattr(found, "set_timesteps")):
+        raise ValueError(f"scheduler: expected a scheduler of diffusers, such as DDIM or DDIMScheduler, got {name!r}")
+    return found
+
+
+def device(name: str, text: str) -> torch.device:
+    """The device that `text` names; ValueError for one that is not here."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected a device such as cpu, cuda or cuda:1, got {text!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{name}: {text} is not here; there are {torch.cuda.device_count()} GPUs")
+    return found
+
+
+def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(dict.fromkeys(seeds))
+    if not found:
+        raise ValueError("seeds: expected at least one whole number, got none")
+    for seed in found:
+        _whole("seeds", seed, 0)
+        if seed >= 2**63:
+            raise ValueError(f"seeds: expected whole numbers below 2**63, got {seed}")
+    return found
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+PROTOCOLS = {
+    "kim-no": Protocol(
+        seeds=(0, 1, 10, 42, 100, 441, 515, 1000, 2025, 10000),
+        steps=50,
+        guidance=7.5,
+        scheduler="DDIM",
+        dtype="float32",
+        generator_device=PIPELINE,
+    )
+}
+"""Name → how a paper made its pictures. "kim-no": Kim & No, arXiv 2605.02908."""

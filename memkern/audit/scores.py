@@ -1,0 +1,140 @@
+"""Scores of memorization from one or two passes of the UNet on pure noise, without an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .. import patched, probe
+
+SWAPPED = "swap-pad"
+LOW_NOISE = -3
+"""Which of the schedule's times is the low-noise one, as in the code of Asthana & Belagiannis."""
+ANGLE_WEIGHT = {"epsilon": 2.0, "v_prediction": 0.1}
+"""Theirs for Stable Diffusion 1.4 and 2."""
+
+
+class _Reached(Exception):
+    """The UNet is about to be called; carries what with."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.inputs = kwargs | dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
+
+
+class Passes:
+    """The first step of some prompts, all from the noise of one seed, up to the UNet.
+
+    Args:
+        pipe: unpatched, with a scheduler that leaves pure noise as it is (DDIM).
+        texts: the prompts.
+        generators: one for each, of the same seed.
+        steps: of the schedule.
+    """
+
+    def __init__(self, pipe: Any, texts: Sequence[str], generators: Sequence[torch.Generator], steps: int) -> None:
+        self.pipe, self.texts, self.steps = pipe, list(texts), steps
+        self._states = [generator.get_state() for generator in generators]
+        self._generators = list(generators)
+        self._inputs = self._reached()
+        self._swapped: dict[str, Any] | None = None
+        self._unconditional: dict[int, torch.Tensor] = {}
+        self.times: torch.Tensor = pipe.scheduler.timesteps
+
+    @property
+    def swapped(self) -> dict[str, Any]:
+        """The inputs with the pads re-embedded as "!"."""
+        if self._swapped is None:
+            with patched(self.pipe, SWAPPED, accelerate=False):
+                self._swapped = self._reached()
+        return self._swapped
+
+    def unconditional(self, place: int) -> torch.Tensor:
+        """The prediction for the negative prompt at that place of the schedule, `[1, C, H, W]`: all share one."""
+        if place not in self._unconditional:
+            self._unconditional[place] = self._predicted(self._inputs, slice(0, 1), place)
+        return self._unconditional[place]
+
+    def conditional(self, place: int, *, swapped: bool = False) -> torch.Tensor:
+        """The predictions for the prompts, `[B, C, H, W]`."""
+        inputs = self.swapped if swapped else self._inputs
+        return self._predicted(inputs, slice(len(self.texts), None), place)
+
+    def _reached(self) -> dict[str, Any]:
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+
+        def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args, kwargs)
+
+        handle = self.pipe.unet.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.pipe(self.texts, generator=self._generators, num_inference_steps=self.steps, guidance_scale=7.5)
+        except _Reached as reached:
+            return reached.inputs
+        finally:
+            handle.remove()
+        raise ValueError(f"model: {type(self.pipe).__name__} made an image without its UNet")
+
+    @torch.no_grad()
+    def _predicted(self, inputs: dict[str, Any], rows: slice, place: int) -> torch.Tensor:
+        own = {name: _rows(value, rows) for name, value in inputs.items()}
+        prediction: torch.Tensor = self.pipe.unet(**own | {"timestep": self.times[place], "return_dict": False})[0]
+        return prediction.float()
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    if isinstance(value, dict):
+        return {name: _rows(one, rows) for name, one in value.items()}
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim else value
+
+
+def noise(passes: Passes) -> torch.Tensor:
+    """Wen et al. (ICLR 2024): the text-conditional noise of the first step, ‖ε(x_T, c) - ε(x_T, ∅)‖."""
+    return _norm(passes.conditional(0) - passes.unconditional(0))
+
+
+def angle(passes: Passes) -> torch.Tensor:
+    """Asthana & Belagiannis (ICLR 2026): the norm of the guidance at the first step, and at low noise its angle with
+    the unconditional score, as a mean of cosines over positions; both on the same pure noise.
+    """
+    kind = passes.pipe.scheduler.config.prediction_type
+    if kind not in ANGLE_WEIGHT:
+        raise ValueError(f"scores: angle is published for {', '.join(ANGLE_WEIGHT)}, this model predicts {kind!r}")
+    guidance = passes.conditional(0) - passes.unconditional(0)
+    if kind == "v_prediction":
+        kept = passes.pipe.scheduler.alphas_cumprod[int(passes.times[0])].item()
+        guidance = guidance * kept**0.5 / (1 - kept)
+    late = passes.unconditional(LOW_NOISE)
+    cosines = torch.nn.functional.cosine_similarity(late, passes.conditional(LOW_NOISE) - late, dim=1)
+    return _norm(guidance) + ANGLE_WEIGHT[kind] * cosines.flatten(1).mean(1)
+
+
+def pads(passes: Passes) -> torch.Tensor:
+    """How far the first prediction moves when the pads are re-embedded as "!": what Kim & No found to carry memorized
+    images, seen before one is made. Ours, not published as a score.
+    """
+    return _norm(passes.conditional(0) - passes.conditional(0, swapped=True))
+
+
+def entropy(passes: Passes) -> torch.Tensor:
+    """Ren et al. (ECCV 2024): the entropy of the cross-attention over the prompt's positions at the first step, a mean
+    over layers of that of the mean attention of heads and queries.
+    """
+    with probe(passes.pipe) as probed:
+        passes.conditional(0)
+    masses = torch.stack([record.mass for record in probed.records])
+    mean: torch.Tensor = torch.special.entr(masses).sum(-1).mean(0)
+    return mean
+
+
+SCORES: dict[str, Callable[[Passes], torch.Tensor]] = {"pads": pads, "angle": angle, "noise": noise, "entropy": entropy}
+"""Name → score `[B]` of the prompts; high stands for memorized."""
+DEFAULT_SCORES = ("pads", "angle", "noise")
+
+
+def _norm(difference: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    return norm

@@ -1,0 +1,198 @@
+"""`memkern sweep`: which policy is best for a model, by successive halving over a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..policy import Policy
+from .front import Candidate, Swept, best, fronted, ordered, write
+from .grid import EVERYWHERE, grid
+from .judges import Judge, judge_of
+from .listed import listed
+from .manifest import Contents, grown, write_manifest
+from .methods import UNMITIGATED, Method, method
+from .metrics import Weights
+from .models import EMBEDDED, Model, opened, settings_of
+from .pictures import Job, is_done, make, read
+from .prompts import Prompt
+from .protocol import Protocol, protocol
+from .results import COPY
+from .summary import Summary, interval
+
+DEFAULT_PATTERNS = ("swap-pad", "swap-pad-zero-eot", "zero-pad:{0.6..1.0:0.05}")
+BATCH = 8
+RUNGS, LEAST = 3, 6
+"""How many rounds, and how many policies the last one has at least."""
+
+
+def sweep(
+    *,
+    out: str | Path,
+    model: Any = EMBEDDED,
+    config: str | None = None,
+    loras: Sequence[str] = (),
+    prompts: str | Path | None = None,
+    references: str | None = None,
+    limit: int | None = None,
+    policies: Sequence[str] = DEFAULT_PATTERNS,
+    layers: Sequence[str] = (EVERYWHERE,),
+    steps: Sequence[str] = ("0-1",),
+    seeds: Sequence[int] = (0, 1),
+    check_seeds: Sequence[int] = (),
+    max_copies: float = 0.03,
+    inference_steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    batch: int = BATCH,
+    sscd: str | Path | None = None,
+    clip: str | None = None,
+    threshold: float = COPY,
+    quiet: bool = False,
+) -> Swept:
+    """Find the policy with few copies and the least loss of fidelity, among a grid.
+
+    Each round measures the policies that are left on more prompts, and leaves the better half: those that no other
+    beats in both similarity and loss come first. The last round has all prompts. Images stay in the folder, so that a
+    sweep goes on where it stopped, and a larger grid makes what is missing.
+
+    Args:
+        out: the folder of `sweep.csv`, `sweep.json`, `sweep.md`, `front.png`, `best.json` and `images/`.
+        model, config, loras, prompts, references, limit: see `run`. Prompts with a training image, or labelled as
+            memorized, tell copies; the others fidelity. There have to be both.
+        policies, layers, steps: see `grid`.
+        seeds: of the sweep; check_seeds: of the check of the winner, which should be others.
+        max_copies: the share of copies that the winner may have.
+        inference_steps, guidance, scheduler, dtype, device, batch: see `Protocol`.
+        sscd, clip, threshold: see `run`; without SSCD pixels tell copies, and without CLIP ordinary images are
+            compared with the unpatched pipeline's. The embedded model has its own measures.
+        quiet: no progress bars.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `run`; or prompts of one kind only.
+        OSError: the folder cannot be written; what was made stays.
+    """
+    out = Path(out)
+    embedded_model = model == EMBEDDED
+    made = protocol(
+        seeds=tuple(seeds),
+        steps=inference_steps,
+        # The numbers of `memkern demo`.
+        guidance=5.0 if guidance is None and embedded_model else guidance,
+        scheduler=scheduler,
+        dtype=dtype,
+        device=device,
+        batch=batch,
+    )
+    if not 0 <= max_copies <= 1:
+        raise ValueError(f"max_copies: expected a share in [0, 1], got {max_copies}")
+    candidates = [(method(policy), policy) for policy in grid(policies, layers, steps) if policy != Policy()]
+    if not candidates:
+        raise ValueError(f"policies: expected at least one that edits something, got {', '.join(policies)}")
+    source = Model(model, config, tuple(loras))
+    weights = Weights(None if sscd is None else Path(sscd), None, clip)
+    judge = judge_of(embedded_model and prompts is None, weights, threshold)
+    of = listed(source, prompts, references, limit)
+    settings = settings_of(source, made)
+    asked = Contents(of, [Method(UNMITIGATED), *(one for one, _ in candidates)], list(made.seeds), settings)
+    write_manifest(out, grown(out, asked), judge.described)
+    with opened(source, made) as pipe:
+        painter = _Painter(pipe, out, made, judge, quiet)
+        for prompts_of_round, last in _rounds(of):
+            measured = painter.measured(candidates, prompts_of_round, made.seeds)
+            found = ordered(measured)
+            if not last:
+                kept = {one.method.name for one in found[: max(LEAST, -(-len(found) // 2))]}
+                candidates = [one for one in candidates if one[0].name in kept]
+        winner = best(found, max_copies)
+        checked = None
+        if check_seeds:
+            fresh = Protocol(seeds=tuple(check_seeds)).seeds
+            (checked,) = painter.measured([(winner.method, winner.policy)], of, fresh)
+    swept = Swept(found, winner, checked, out)
+    write(swept)
+    return swept
+
+
+class _Painter:
+    """Makes what is missing of some candidates, and measures."""
+
+    def __init__(self, pipe: Any, out: Path, made: Protocol, judge: Judge, quiet: bool) -> None:
+        self.pipe, self.out, self.made, self.judge, self.quiet = pipe, out, made, judge, quiet
+
+    def measured(
+        self,
+        candidates: Sequence[tuple[Method, Policy | None]],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+    ) -> list[Candidate]:
+        """Each candidate against the unpatched pipeline on these prompts and seeds."""
+        methods = [Method(UNMITIGATED), *(one for one, _ in candidates)]
+        jobs = [Job(one, prompt, seed) for one in methods for prompt in prompts for seed in seeds]
+        left = [job for job in jobs if not is_done(job.path(self.out))]
+        options = {"num_inference_steps": self.made.steps, "guidance_scale": self.made.guidance}
+        with tqdm(total=len(left), desc=f"{len(candidates)} policies", unit="picture", disable=self.quiet) as bar:
+            generators = self.made.generators_of(self.pipe)
+            make(self.pipe, left, self.out, options, bar.update, batch=self.made.batch, generator_device=generators)
+        values = {one.name: self._judged(one, prompts, seeds) for one in methods}
+        return fronted([self._candidate(*one, values, len(prompts) * len(seeds)) for one in candidates])
+
+    def _judged(
+        self, one: Method, prompts: Sequence[Prompt], seeds: Sequence[int]
+    ) -> dict[str, dict[str, list[float]]]:
+        """Measure → prompt → values over seeds; "copies" and "similarity" of memorized prompts, the rest of others."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for prompt in prompts:
+            pictures = [
+                (
+                    read(Job(one, prompt, seed).path(self.out))[0],
+                    read(Job(Method(UNMITIGATED), prompt, seed).path(self.out))[0],
+                )
+                for seed in seeds
+            ]
+            for name, values in self.judge(prompt, pictures).items():
+                found.setdefault(name, {})[prompt.id] = values
+        return found
+
+    def _candidate(
+        self, one: Method, policy: Policy | None, values: dict[str, dict[str, dict[str, list[float]]]], images: int
+    ) -> Candidate:
+        own, plain = values[one.name], values[UNMITIGATED]
+        copies = Summary.of(list(own["copies"].values()))
+        assert copies is not None
+        fidelity, loss = {}, {}
+        for name in own:
+            if name not in ("copies", "similarity"):
+                fidelity[name] = float(np.mean([np.mean(row) for row in own[name].values()]))
+                lost = np.array([np.mean(plain[name][prompt]) - np.mean(row) for prompt, row in own[name].items()])
+                loss[name] = (float(lost.mean()), *interval(lost))
+        similarity = float(np.mean([np.mean(row) for row in own["similarity"].values()]))
+        return Candidate(one, policy, copies, similarity, fidelity, loss, images)
+
+
+def _rounds(prompts: Sequence[Prompt]) -> list[tuple[list[Prompt], bool]]:
+    """Growing parts of the prompts, a like share of memorized and ordinary ones; the last has all."""
+    kinds = [[p for p in prompts if is_memorized(p)], [p for p in prompts if not is_memorized(p)]]
+    if not all(kinds):
+        raise ValueError(
+            f"prompts: a sweep needs memorized and ordinary ones, got {len(kinds[0])} and {len(kinds[1])}; "
+            "give training images or a column memorized"
+        )
+    rounds: list[list[Prompt]] = []
+    for rung in range(RUNGS):
+        share = 2 ** (rung - RUNGS + 1)
+        chosen = [prompt for kind in kinds for prompt in kind[: max(2, round(len(kind) * share))]]
+        if not rounds or len(chosen) > len(rounds[-1]):
+            rounds.append(chosen)
+    return [(chosen, chosen is rounds[-1]) for chosen in rounds]
+
+
+def is_memorized(prompt: Prompt) -> bool:
+    """Whether images of the prompt are looked at for copies."""
+    return prompt.reference is not None if prompt.label is None else prompt.label
