@@ -12,6 +12,7 @@ from .patch import Patch
 from .prompt.encode_prompt import encode
 from .session import Owner, Record, Session, current, entered, log
 from .status import edits_of
+from .unet.call import CALL
 
 
 @contextmanager
@@ -29,6 +30,8 @@ def request(patch: Patch, pipe: Any) -> Iterator[Session]:
             _follow(patch, session)
             yield session
     finally:
+        # A UNet that raised has not ended its call.
+        CALL.set(None)
         for site in sites:
             site.release(patch, needs=session)
         _finish(patch, session)

@@ -345,3 +345,33 @@ def test_an_update_forgets_what_was_done_before(sd1):
     patch.update(accelerate=True)
     sd1("a cat", num_inference_steps=3, output_type="latent")
     assert memkern.status(sd1).layers
+
+
+class Doubling(torch.nn.Linear):
+    """One of a user's own, that computes with more than tensors."""
+
+    def __init__(self, linear, holder):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight, self.holder = linear.weight, holder
+
+    def forward(self, rows):
+        return super().forward(rows) * self.holder["factor"]
+
+
+@torch.no_grad()
+def test_what_a_layer_computes_with_besides_its_weights(run, context):
+    """Its scale, and whatever a class that nobody knows reads."""
+    for _ in range(3):
+        run(context)
+    for unet in (run.unet, run.plain):
+        for _, attn in cross_attention_layers(unet):
+            attn.scale *= 3
+    same(run(context), run.expected(context))
+    holder = {"factor": 1.0}
+    for unet in (run.unet, run.plain):
+        for _, attn in cross_attention_layers(unet):
+            attn.to_k = Doubling(attn.to_k, holder)
+    for _ in range(3):
+        same(run(context), run.expected(context))
+    holder["factor"] = 3.0
+    same(run(context), run.expected(context))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from companions import lora
+from companions import ip_adapter, lora
 from field import picture
 
 import memkern
@@ -119,3 +119,70 @@ def test_captured_streams_are_left_alone(sd1, monkeypatch):
     memkern.patch(sd1, "zero-pad:0.7", stage="kv")
     with pytest.raises(memkern.UnmitigatedError, match="a stream is being captured"):
         picture(sd1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_lora_is_scaled_in_a_graph(tokenizers, way):
+    """`cross_attention_kwargs={"scale": …}`: diffusers scales layers in Python, which a graph puts off to its end."""
+    pipe, plain = tiny_pipeline(tokenizers["sd1"]), tiny_pipeline(tokenizers["sd1"])
+    for one in (pipe, plain):
+        lora(one)
+        memkern.patch(one)
+    WAYS[way][0](pipe)
+    images = []
+    for scale in (0.3, 1.0, 0.9):
+        made, expected = (picture(one, cross_attention_kwargs={"scale": scale}) for one in (pipe, plain))
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+        images.append(made)
+    assert (images[0] - images[1]).abs().max() > 1e-2
+
+
+def test_what_is_set_on_a_processor_is_set_on_the_one_that_computes(tokenizers):
+    pipe, plain = tiny_pipeline(tokenizers["sd1"]), tiny_pipeline(tokenizers["sd1"])
+    for one in (pipe, plain):
+        options = ip_adapter(one)
+    memkern.patch(pipe, "none")
+    for one in (pipe, plain):
+        for processor in one.unet.attn_processors.values():
+            if hasattr(processor, "scale"):
+                processor.scale = [0.1]
+    torch.testing.assert_close(picture(pipe, **options), picture(plain, **options), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_processors_moved_to_another_compiled_unet(tokenizers, is_patched):
+    pipe, other, plain = (tiny_pipeline(tokenizers["sd1"], seed=seed) for seed in (0, 1, 1))
+    memkern.patch(pipe, "none")
+    if is_patched:
+        memkern.patch(other, "none")
+    other.unet.set_attn_processor(pipe.unet.attn_processors)
+    compile_all(other)
+    torch.testing.assert_close(picture(other), picture(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["strict export", "export", "trace"])
+def test_programs_for_elsewhere(sd1, how):
+    """An exported UNet has nothing of memkern; edits of keys and values are refused."""
+
+    class Step(torch.nn.Module):
+        def __init__(self, unet):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, sample, context):
+            return self.unet(sample, 5, encoder_hidden_states=context, return_dict=False)[0]
+
+    def program():
+        if how == "trace":
+            return torch.jit.trace(step, arguments, check_trace=False)
+        return torch.export.export(step, arguments, strict=how == "strict export").module()
+
+    step, arguments = Step(sd1.unet), (torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32))
+    with torch.no_grad():
+        expected = step(*arguments)
+        memkern.patch(sd1)
+        made = program()
+        torch.testing.assert_close(made(*arguments), expected, rtol=1e-4, atol=1e-4)
+        memkern.patch(sd1, stage="kv")
+        with pytest.raises(Exception, match="not part of an exported program"):
+            program()

@@ -74,9 +74,9 @@ def test_the_operator_that_looks(sd1):
     memkern.patch(sd1, "none")
     sample, context = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 77, 32)
     begins, ends = torch.ops.memkern.unet_begins.default, torch.ops.memkern.unet_ends.default
-    torch.library.opcheck(begins, (sample, context, torch.tensor(5), -1))
+    torch.library.opcheck(begins, (sample, context, torch.tensor(5), 1.0, -1))
     torch.library.opcheck(ends, (sample, -1))
-    out = ends(begins(sample, context, torch.tensor(5), -1), -1)
+    out = ends(begins(sample, context, torch.tensor(5), 1.0, -1), -1)
     (grad,) = torch.autograd.grad(out.square().sum(), sample)
     torch.testing.assert_close(grad, 2 * sample)
 

@@ -179,6 +179,15 @@ def pag(pipe, stack):
     return {"pag_scale": 3.0}
 
 
+def both(*ways):
+    """One way after another."""
+
+    def way(pipe, stack):
+        return {name: value for one in ways for name, value in one(pipe, stack).items()}
+
+    return way
+
+
 WAYS = {
     "as it is": as_it_is,
     "inference_mode": inference_mode,
@@ -206,14 +215,16 @@ WAYS = {
     "quanto int8": quanto,
     "GGUF Q8_0": gguf,
     "bitsandbytes NF4": bitsandbytes,
+    "torchao int8 under autocast": both(functools.partial(torchao, "Int8WeightOnlyConfig"), autocast),
+    "bitsandbytes NF4 under autocast": both(bitsandbytes, autocast),
 }
 if GROUP_OFFLOAD_ON_CPU:
     WAYS["group offload"] = lambda pipe, stack: group_offload(pipe)
 
-QUANTIZED = ("torchao int8", "torchao float8", "quanto int8", "GGUF Q8_0", "bitsandbytes NF4")
+QUANTIZED = tuple(name for name in WAYS if name.startswith(("torchao", "quanto", "GGUF", "bitsandbytes")))
 """Those that need libraries which are not for every process."""
 
-COARSE = ("autocast", "torch.compile under autocast")
+COARSE = tuple(name for name in WAYS if "autocast" in name)
 """Computed in bfloat16."""
 
 

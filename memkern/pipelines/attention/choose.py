@@ -119,8 +119,8 @@ class Prepared:
         if self.weights is None:
             return True
         if not self.is_read:
-            return not keeping_refusals(layer) and self.weights.unchanged(layer.key_value_modules)
-        return not reading_refusals(layer) and self.weights.unchanged(layer.modules)
+            return not keeping_refusals(layer) and self.weights.unchanged(layer, layer.key_value_modules)
+        return not reading_refusals(layer) and self.weights.unchanged(layer, layer.modules)
 
 
 def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor, backend: str) -> Prepared:
@@ -158,14 +158,14 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
     if fastest == "absorbed":
         made = absorbed(layer, source, backend, context, dtype)
         if made is not None:
-            return Prepared(choice, made[0], Weights(layer.modules), made[1], is_read=True)
+            return Prepared(choice, made[0], Weights(layer, layer.modules), made[1], is_read=True)
         choice = replace(choice, path="projected", reasons=(f"multiplied out it is beyond {dtype}",))
     if unkept:
         return Prepared(choice, attend(layer, source, backend))
     if unreadable or layer.kind == "images":
-        return Prepared(choice, attend(layer, source, backend, context), Weights(layer.key_value_modules), keys)
+        return Prepared(choice, attend(layer, source, backend, context), Weights(layer, layer.key_value_modules), keys)
     kept = projected(layer, source, backend, context, readable=True)
-    return Prepared(choice, kept, Weights(layer.modules), keys, is_read=True)
+    return Prepared(choice, kept, Weights(layer, layer.modules), keys, is_read=True)
 
 
 def without_kernels(x: torch.Tensor, dtype: torch.dtype, backend: str) -> list[str]:

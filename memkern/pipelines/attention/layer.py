@@ -70,6 +70,13 @@ class Layer:
         return kind_of(self.own)
 
     @property
+    def scale(self) -> float:
+        """What logits are multiplied by: by torch's own attention always one over the root of a head's size."""
+        if type(self.own).__name__.endswith("2_0"):
+            return float((self.attn.inner_dim // self.attn.heads) ** -0.5)
+        return float(self.attn.scale)
+
+    @property
     def key_value_modules(self) -> dict[str, Any]:
         """What makes K and V, by name."""
         if self.kind == "fused":

@@ -35,7 +35,7 @@ def projected(
     attn = layer.attn
     attend_text, kept = _text(layer, source, backend, context)
     if kept is not None and readable and not source.attenuation and _by_library(kept[0], backend):
-        return _projected_rows(attn, source, *kept)
+        return _projected_rows(layer, source, *kept)
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
         out = attend_text(attn.to_q(x), context)
@@ -105,10 +105,11 @@ def _text(
     kept = None if context is None else project(context)
 
     def attend(q: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        k, v = kept or project(context)
+        # What is called may leave autocast's dtype to others.
+        k, v = (rows.to(q.dtype) for rows in kept or project(context))
         q = split_heads(q, attn.heads)
-        k = source.attenuated(q, k, attn.scale)
-        heads: torch.Tensor = ops.biased_attention(q, k, v, source.keys.bias, attn.scale, backend=backend)
+        k = source.attenuated(q, k, layer.scale)
+        heads: torch.Tensor = ops.biased_attention(q, k, v, source.keys.bias, layer.scale, backend=backend)
         return heads.transpose(1, 2).flatten(2)
 
     return attend, kept
@@ -141,10 +142,10 @@ def absorbed(
     bias = source.keys.bias
     # In float32, and rounded once.
     with torch.autocast(context.device.type, enabled=False):
-        a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * attn.scale  # [B, H, n, C]
+        a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * layer.scale  # [B, H, n, C]
         vo = v @ o_weight.view(o_weight.shape[0], attn.heads, -1).permute(1, 2, 0)
         if to_q.bias is not None:
-            shift = (k @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * attn.scale
+            shift = (k @ to_q.bias.float().view(attn.heads, -1, 1)).squeeze(-1) * layer.scale
             bias = bias.unsqueeze(1) + shift  # [B, H, n]
     vo = vo.to(dtype)
     a = a if on_cpu else a.to(dtype)
@@ -183,13 +184,14 @@ def _absorbed_rows(
     return attend, sum(softmax.nbytes + output.nbytes for softmax, output in parts)
 
 
-def _projected_rows(attn: Any, source: Source, k: torch.Tensor, v: torch.Tensor) -> Attend:
+def _projected_rows(layer: Layer, source: Source, k: torch.Tensor, v: torch.Tensor) -> Attend:
     """On the CPU every sequence has its own keys alone, and its queries go through the layer in tiles."""
+    attn = layer.attn
     to_q, to_out = (
         cpu.Product(module.weight.detach().to(k.dtype), None if module.bias is None else module.bias.to(k.dtype))
         for module in (attn.to_q, attn.to_out[0])
     )
-    keys, scale = source.keys, attn.scale
+    keys, scale = source.keys, layer.scale
     parts = [
         (k[b : b + 1, :, :left], v[b : b + 1, :, :left], keys.bias[b : b + 1, None, :left].contiguous())
         for b, left in enumerate(keys.counts)

@@ -22,6 +22,9 @@ SAMPLES = 32
 CASTS = {"layerwise_casting"}
 """Hooks of diffusers that change how a weight is stored, and nothing that the module computes."""
 
+KNOWN = ("torch", "peft", "diffusers", "torchao", "bitsandbytes", "optimum")
+"""Packages whose modules keep what they compute with in tensors and plain settings."""
+
 _SETTINGS = (bool, int, float, str, type(None))
 
 
@@ -54,11 +57,14 @@ def reading_refusals(layer: Layer) -> list[str]:
 
 def keeping_refusals(layer: Layer) -> list[str]:
     """Why what the layer's projections make of keys and values may not be kept; empty if it may."""
-    return [
-        f"{name} has hooks"
-        for name, module in layer.key_value_modules.items()
-        if any(_hooks(part) for part in module.modules())
-    ]
+    reasons = []
+    for name, module in layer.key_value_modules.items():
+        strange = [type(part).__name__ for part in module.modules() if type(part).__module__.split(".")[0] not in KNOWN]
+        if strange:
+            reasons.append(f"{name} is a {strange[0]}")
+        elif any(_hooks(part) for part in module.modules()):
+            reasons.append(f"{name} has hooks")
+    return reasons
 
 
 def _hooks(module: Any) -> bool:
@@ -98,15 +104,20 @@ class Weights:
     counts no version: on the CPU a sample of the values is compared, which a dense update changes.
     """
 
-    def __init__(self, modules: dict[str, Any]) -> None:
+    def __init__(self, layer: Layer, modules: dict[str, Any]) -> None:
+        self._numbers = _numbers(layer)
         self._modules = tuple(modules.values())
         self._seen = [_state(tensor) for tensor in _tensors(self._modules)]
         self._settings = _settings(self._modules)
 
-    def unchanged(self, modules: dict[str, Any]) -> bool:
-        """Whether these are still those modules, as they were."""
+    def unchanged(self, layer: Layer, modules: dict[str, Any]) -> bool:
+        """Whether these are still those modules, as they were, of a layer as it was."""
         now = tuple(modules.values())
-        if len(now) != len(self._modules) or any(a is not b for a, b in zip(now, self._modules, strict=True)):
+        if (
+            _numbers(layer) != self._numbers
+            or len(now) != len(self._modules)
+            or any(a is not b for a, b in zip(now, self._modules, strict=True))
+        ):
             return False
         tensors = list(_tensors(now))
         return (
@@ -119,13 +130,30 @@ class Weights:
         )
 
 
+def _numbers(layer: Layer) -> tuple[Any, ...]:
+    attn = layer.attn
+    return layer.scale, attn.heads, attn.residual_connection, attn.rescale_output_factor
+
+
 def _tensors(modules: tuple[Any, ...]) -> Iterator[torch.Tensor]:
     for module in modules:
         if type(module) is nn.Linear:
-            yield from (tensor for tensor in (module.weight, module.bias) if tensor is not None)
-        else:
-            yield from module.parameters()
-            yield from module.buffers()
+            yield from _parts(module.weight)
+            yield from () if module.bias is None else _parts(module.bias)
+            continue
+        for part in module.modules():
+            for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+                for tensor in value.values() if isinstance(value, dict) else (value,):
+                    if isinstance(tensor, torch.Tensor):
+                        yield from _parts(tensor)
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor, and what a quantized one is made of."""
+    yield tensor
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
 
 
 def _settings(modules: tuple[Any, ...]) -> list[str]:

@@ -150,8 +150,8 @@ def attention_mass(
     layer = Layer(attn, former_of(attn.processor))
     k = split_heads(source.project(layer, context)[0], attn.heads)  # [B, H, n, D]
     q = split_heads(attn.to_q(x), attn.heads)
-    k = source.attenuated(q, k, attn.scale)
-    by_key, by_query = ops.attention_mass(q, k, keys.bias, weight, attn.scale)
+    k = source.attenuated(q, k, layer.scale)
+    by_key, by_query = ops.attention_mass(q, k, keys.bias, weight, layer.scale)
     return by_key.mean(1), by_query.mean(1)
 
 

@@ -29,6 +29,8 @@ class Call:
         reached: the layers whose keys and values were looked at for edits.
         sizes: resolutions that were met by an edit's scope.
         causes: why a layer was not reached, where it is known.
+        lora_scale: what its LoRAs are scaled by.
+        loras: how each is scaled before that, where it is.
         computes: whether layers are computed for it.
         accelerates: whether what is made of the context may be kept.
     """
@@ -42,12 +44,19 @@ class Call:
     reached: set[str] = field(default_factory=set)
     sizes: set[str] = field(default_factory=set)
     causes: dict[str, str] = field(default_factory=dict)
+    lora_scale: float = 1.0
+    loras: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settings = self.session.settings
         # Those of a ControlNet may be left alone.
         self.computes = not self.site.prefix or settings.controlnet
         self.accelerates = settings.accelerate
+        if self.lora_scale != 1:
+            parts = self.site.module.modules()
+            self.loras = {
+                part: dict(part.scaling) for part in parts if isinstance(getattr(part, "scaling", None), dict)
+            }
 
     def settle(self) -> None:
         """Count at once what belongs to no call of a pipeline."""

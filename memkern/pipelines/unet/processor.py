@@ -13,6 +13,8 @@ from torch import nn
 from ..attention.layer import Images, kind_of
 from . import traced
 
+_OWN = {"former", "site", "name", "number", "_attn"}
+
 
 class Computes(Protocol):
     """What computes a layer in place of its former processor: the site of its UNet.
@@ -57,6 +59,23 @@ class CrossAttentionProcessor:
         attn = None if self._attn is None else self._attn()
         return attn if attn is not None and attn.processor is self else None
 
+    @property
+    def call(self) -> Any:
+        """The call of its UNet that is under way; None if none is."""
+        return getattr(self.site, "call", None)
+
+    def __getattr__(self, name: str) -> Any:
+        if "former" not in vars(self):
+            raise AttributeError(name)
+        return getattr(vars(self)["former"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whatever a tool sets, the scale of an IP-Adapter or a slice's size, is for the processor that is still called.
+        if name in _OWN or "former" not in vars(self):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(vars(self)["former"], name, value)
+
     def __call__(
         self,
         attn: Attention,
@@ -75,7 +94,10 @@ class CrossAttentionProcessor:
     def _is_left(self, attn: Attention) -> bool:
         # In a graph of which gradients are wanted nothing is looked up that edits nothing.
         needs_graph = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        return attn.spatial_norm is not None or (needs_graph and (self.site is None or not self.site.edits_kv))
+        if needs_graph and (self.site is None or not self.site.edits_kv):
+            return True
+        # A program that is exported finds nobody by number where it is loaded; a layer of another UNet is not ours.
+        return attn.spatial_norm is not None or traced.is_exported() or self.attn is not attn
 
     # Which rows are edited how is found in the values of the context, which a traced graph does not look at.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -120,13 +142,6 @@ class ModuleProcessor(CrossAttentionProcessor, nn.Module):
         for held in ("_parameters", "_buffers", "_modules"):
             vars(self)[held] = vars(former)[held]
         CrossAttentionProcessor.__init__(self, former, *args, **named)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # What it refers to is no part of it.
-        object.__setattr__(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["former"], name)
 
 
 class ImagesProcessor(ModuleProcessor):

@@ -35,6 +35,12 @@ def sample_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int
     return None if sample is None else tuple(sample.shape[-2:])
 
 
+def lora_scale(kwargs: dict[str, Any]) -> float:
+    """What a UNet is called to scale its LoRAs by."""
+    options = kwargs.get("cross_attention_kwargs")
+    return float(options.get("scale", 1.0)) if options else 1.0
+
+
 def position(timestep: Any, timesteps: torch.Tensor | None) -> float | None:
     """Where in the schedule a step is: i/n for step i of n, the first of those with this time; None if it is none.
 

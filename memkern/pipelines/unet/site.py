@@ -17,15 +17,20 @@ from .contexts import Context, Contexts
 from .keeping import is_captured, why_not_kept
 from .look import count, judge
 from .placement import Processors, missed_layers
-from .schedule import UNET_ARGUMENTS, Place, argument, position, sample_size
-from .traced import NUMBERS, SITES
+from .schedule import UNET_ARGUMENTS, Place, argument, lora_scale, position, sample_size
+from .traced import NUMBERS, SITES, is_exported
+
+NOT_EXPORTED = (
+    "memkern: edits of keys and values are not part of an exported program; take a policy of the embeds stage, or call "
+    "memkern.unpatch(pipe) first"
+)
 
 
 # Hooks of a UNet that is compiled by itself may be called outside its graph, as they are; where they are traced with
 # it, operators take their place.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin(site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    site.begin(args, kwargs)
+    site.begin(args, kwargs, lora_scale(kwargs))
 
 
 @torch.compiler.substitute_in_graph(_begin, skip_signature_check=True)
@@ -35,9 +40,13 @@ def _traced_begin(
     sample, time, context = (argument(name, i, args, kwargs) for i, name in enumerate(UNET_ARGUMENTS))
     if not isinstance(context, torch.Tensor) or not isinstance(sample, torch.Tensor):
         return None
+    if is_exported():
+        if site.edits_kv:
+            raise RuntimeError(NOT_EXPORTED)
+        return None
     if not isinstance(time, torch.Tensor):
         time = torch.full((), time, dtype=torch.float64, device="cpu")
-    looked = torch.ops.memkern.unet_begins(sample, context, time, site.number)
+    looked = torch.ops.memkern.unet_begins(sample, context, time, lora_scale(kwargs), site.number)
     if "sample" in kwargs:
         return args, {**kwargs, "sample": looked}
     return (looked, *args[1:]), kwargs
@@ -50,6 +59,8 @@ def _end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any
 
 @torch.compiler.substitute_in_graph(_end, skip_signature_check=True)
 def _traced_end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if is_exported():
+        return None
     # What depends on all layers: a UNet's sample, and of a ControlNet what its middle block makes.
     if isinstance(output, tuple):
         last = torch.ops.memkern.unet_ends(output[-1], site.number)
@@ -162,14 +173,23 @@ class Site:
         return self._module()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The UNet is called: a context that it was not given before is looked at."""
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float = 1.0) -> None:
+        """The UNet is called: a context that it was not given before is looked at.
+
+        Args:
+            scale: what its LoRAs are scaled by.
+        """
+        if is_exported():
+            if self.edits_kv:
+                raise RuntimeError(NOT_EXPORTED)
+            CALL.set(None)
+            return
         context = argument("encoder_hidden_states", 2, args, kwargs)
         whose = _whose(self, context)
         if whose is None:
             CALL.set(None)
             return
-        call = Call(self, *whose)
+        call = Call(self, *whose, lora_scale=scale)
         CALL.set(call)
         if isinstance(context, torch.Tensor) and context.dim() == 3:
             call.context, call.known = context, self._known(call, context)

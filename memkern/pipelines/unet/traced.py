@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 
 from ..attention.layer import Images
 
@@ -26,7 +28,9 @@ NUMBERS = itertools.count()
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _LIBRARY = torch.library.Library("memkern", "FRAGMENT")
-_LIBRARY.define("unet_begins(Tensor sample, Tensor context, Tensor time, int site) -> Tensor", tags=_TAGS)
+_LIBRARY.define(
+    "unet_begins(Tensor sample, Tensor context, Tensor time, float lora_scale, int site) -> Tensor", tags=_TAGS
+)
 _LIBRARY.define("unet_ends(Tensor output, int site) -> Tensor", tags=_TAGS)
 _LIBRARY.define(
     "cross_attention(Tensor x, Tensor context, Tensor[] states, Tensor?[] masks, Tensor? attention_mask, Tensor layer, "
@@ -35,11 +39,13 @@ _LIBRARY.define(
 )
 
 
-def _unet_begins(sample: torch.Tensor, context: torch.Tensor, time: torch.Tensor, site: int) -> torch.Tensor:
+def _unet_begins(
+    sample: torch.Tensor, context: torch.Tensor, time: torch.Tensor, lora_scale: float, site: int
+) -> torch.Tensor:
     # What all layers depend on passes through, so that none runs before; the context is left the tensor it is.
     found = SITES.get(site)
     if found is not None:
-        found.begin((sample, time, context), {})
+        found.begin((sample, time, context), {}, lora_scale)
     return sample.clone()
 
 
@@ -66,9 +72,29 @@ def _cross_attention(
             "memkern: a compiled graph calls a cross-attention layer that is gone; call torch.compiler.reset()"
         )
     images = Images(list(states), list(masks) or None) if states else None
-    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+    with (
+        torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None),
+        _scaled(attn, processor.call),
+    ):
         out: torch.Tensor = processor.compute(attn, x, context, attention_mask, images)
-    return out.contiguous()
+    return out.to(autocast or x.dtype).contiguous()
+
+
+@contextmanager
+def _scaled(attn: Any, call: Any) -> Iterator[None]:
+    """What diffusers does to the LoRAs of a UNet that is called with a scale: traced, it is done after the graph."""
+    if (
+        call is None
+        or call.lora_scale == 1
+        or any(getattr(m, "scaling", 0) != call.loras.get(m, 0) for m in attn.modules())
+    ):
+        yield
+        return
+    scale_lora_layers(attn, call.lora_scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(attn, call.lora_scale)
 
 
 def _like(x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -83,7 +109,7 @@ for _name, _implementation in (
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memkern::{_name}", _like, lib=_LIBRARY)
-torch.library.register_autograd("memkern::unet_begins", lambda ctx, grad: (grad, None, None, None), lib=_LIBRARY)
+torch.library.register_autograd("memkern::unet_begins", lambda ctx, grad: (grad, None, None, None, None), lib=_LIBRARY)
 torch.library.register_autograd("memkern::unet_ends", lambda ctx, grad: (grad, None), lib=_LIBRARY)
 
 
@@ -96,6 +122,11 @@ def attend(
     states, masks = ([], []) if images is None else (images.states, images.masks or [])
     made: torch.Tensor = torch.ops.memkern.cross_attention(x, context, states, masks, mask, number, autocast)
     return made
+
+
+def is_exported() -> bool:
+    """Whether what is computed now becomes a program for elsewhere."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def new_number() -> torch.Tensor:
