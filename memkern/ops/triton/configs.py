@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .cost import FAMILIES, Rates, Work
 
 Entry = dict[str, Any]
 
@@ -34,34 +37,66 @@ class Config:
         return {name: size for name, size in self.constants.items() if name.startswith("BLOCK")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Card:
     """A GPU as far as launches depend on it.
 
     Attributes:
         processors: streaming multiprocessors, which a launch should fill.
         entries: kernel → its part of the table for the card's family.
+        family: the table's name for it.
     """
 
     processors: int
     entries: dict[str, list[Entry]]
+    family: str = "sm80"
 
     @classmethod
     def of(cls, device: torch.device) -> Card:
         """The card that `device` is; for the CPU, which interprets, the plainest of the table."""
-        return _of_gpu(device) if device.type == "cuda" else cls(1, table()["sm80"])
+        return _of_gpu(device) if device.type == "cuda" else cls.like("sm80", 1)
+
+    @classmethod
+    def like(cls, family: str, processors: int) -> Card:
+        """A card of a family of the table."""
+        return cls(processors, table()[family], family)
+
+    @property
+    def rates(self) -> Rates:
+        """What such a card does per second."""
+        return FAMILIES[self.family]
 
     def config(self, kernel: str, width: int, dtype: torch.dtype) -> Config:
-        """The first entry of this element size whose width is not exceeded.
+        """The first of `configs`."""
+        return self.configs(kernel, width, dtype)[0]
+
+    def configs(self, kernel: str, width: int, dtype: torch.dtype) -> list[Config]:
+        """The first entry of this element size whose width is not exceeded, and all others for that width.
 
         Raises:
             NotImplementedError: there is none.
         """
+        found: list[Entry] = []
         for entry in self.entries.get(kernel, ()):
-            if entry["bits"] == 8 * dtype.itemsize and (entry["width"] is None or width <= entry["width"]):
-                constants = {name: entry[name] for name in entry if name not in (*_OPTIONS, *_CONDITIONS)}
-                return Config(constants, {name: entry[name] for name in _OPTIONS})
-        raise NotImplementedError(f"{kernel}: no configuration for {dtype} and a width of {width}")
+            fits = entry["bits"] == 8 * dtype.itemsize and (entry["width"] is None or width <= entry["width"])
+            if fits and (not found or entry["width"] == found[0]["width"]):
+                found.append(entry)
+        if not found:
+            raise NotImplementedError(f"{kernel}: no configuration for {dtype} and a width of {width}")
+        return [
+            Config(
+                {name: entry[name] for name in entry if name not in (*_OPTIONS, *_CONDITIONS)},
+                {name: entry[name] for name in _OPTIONS},
+            )
+            for entry in found
+        ]
+
+    def fastest(
+        self, kernel: str, width: int, dtype: torch.dtype, work: Callable[[Config], Work]
+    ) -> tuple[Config, Work]:
+        """The configuration that is estimated to take the least time for the work that it makes."""
+        found = [(config, work(config)) for config in self.configs(kernel, width, dtype)]
+        return min(found, key=lambda one: one[1].seconds(self.processors, self.rates))
 
 
 def family_of(capability: tuple[int, int]) -> str:
@@ -83,4 +118,4 @@ def table() -> dict[str, dict[str, list[Entry]]]:
 @functools.cache
 def _of_gpu(device: torch.device) -> Card:
     properties = torch.cuda.get_device_properties(device)
-    return Card(properties.multi_processor_count, table()[family_of((properties.major, properties.minor))])
+    return Card.like(family_of((properties.major, properties.minor)), properties.multi_processor_count)

@@ -77,7 +77,7 @@ def mass_launch(queries: int, heads: int, head_dim: int, keys: int, dtype: torch
     q = _meta(BATCH, queries, heads, head_dim, dtype=dtype).transpose(1, 2)
     k = _meta(BATCH, keys, heads, head_dim, dtype=dtype).transpose(1, 2)
     bias, by_query = _meta(BATCH, keys, dtype=torch.float32), _meta(BATCH, heads, queries, dtype=torch.float32)
-    return attention_mass.plan(q, k, bias, bias, head_dim**-0.5, by_query, card)
+    return attention_mass.plan(q, k, bias, bias, head_dim**-0.5, by_query, card)[0]
 
 
 def absorbed_launches(queries: int, width: int, heads: int, keys: int, dtype: torch.dtype, card: Card) -> list[Launch]:

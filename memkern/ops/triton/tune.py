@@ -21,24 +21,31 @@ import torch
 from .ahead import SHARED_LIMITS, compile_ahead
 from .configs import Card, Entry, family_of, table
 from .launch import Launch
-from .layers import KEYS, LAYERS, absorbed_launches, biased_launch, row_launches
+from .layers import KEYS, LAYERS, absorbed_launches, biased_launch, mass_launch, row_launches
 
 HEAD_DIMS = (8, 40, 64, 80, 128, 160, 256)
 
 
 @dataclass(frozen=True)
 class Place:
-    """One place of the table, and what may stand there, by what should be fastest."""
+    """One place of the table, and what may stand there, by what should be fastest.
+
+    Attributes:
+        several: whether all that fit stand there, and a launch takes what its sizes make the fastest of them.
+    """
 
     kernel: str
     candidates: list[Entry]
+    several: bool = False
 
 
-def place(kernel: str, bits: int, width: int | None, names: str, *sizes: tuple[int, ...]) -> Place:
+def place(
+    kernel: str, bits: int, width: int | None, names: str, *sizes: tuple[int, ...], several: bool = False
+) -> Place:
     """The place for elements of `bits` and a width up to `width`, with `sizes` for `names`, warps and stages."""
     condition = {"bits": bits, "width": width}
     names_of_sizes = (*names.split(), "num_warps", "num_stages")
-    return Place(kernel, [condition | dict(zip(names_of_sizes, size, strict=True)) for size in sizes])
+    return Place(kernel, [condition | dict(zip(names_of_sizes, size, strict=True)) for size in sizes], several)
 
 
 # Without tensor cores (float32, and compute capability 7.5) an operand's whole depth is in registers.
@@ -52,23 +59,18 @@ PLACES = (
     place("biased_attention", 32, 64, "BLOCK_M BLOCK_N PART_D", *_SMALL),
     place("biased_attention", 32, 128, "BLOCK_M BLOCK_N PART_D", *_SMALL),
     place("biased_attention", 32, 256, "BLOCK_M BLOCK_N PART_D", *_SMALL),
+    place("resident", 16, 128, "BLOCK_M", (64, 4, 2), (32, 2, 2), several=True),
+    place("resident", 16, 256, "BLOCK_M", (64, 4, 2), (32, 2, 2), several=True),
     place(
-        "absorbed_attention", 16, 320, "BLOCK_M BLOCK_C PART_C", (64, 32, 64, 8, 2), (32, 32, 64, 8, 2),
-        (32, 32, 256, 8, 2),
+        "absorbed_probabilities", 16, None, "BLOCK_M BLOCK_C", (128, 64, 4, 3), (64, 64, 4, 3), (32, 64, 2, 3),
+        (16, 32, 4, 1), several=True,
     ),
-    # Layers of up to 640 channels have rows enough for tall tiles, which load A and VO fewer times.
-    place("absorbed_probabilities", 16, 640, "BLOCK_M BLOCK_C", (128, 64, 8, 3), (64, 64, 4, 3), (16, 32, 4, 1)),
-    place("absorbed_probabilities", 16, None, "BLOCK_M BLOCK_C", (64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 1)),
     place("absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C", (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
     place(
-        "absorbed_values", 16, 640, "BLOCK_M BLOCK_N BLOCK_C", (128, 32, 64, 8, 3), (128, 16, 64, 8, 3),
-        (64, 16, 64, 4, 3), (32, 16, 64, 4, 1), (16, 16, 64, 4, 1),
+        "absorbed_values", 16, None, "BLOCK_M BLOCK_K BLOCK_C", (128, 64, 128, 8, 3), (128, 64, 64, 4, 3),
+        (64, 64, 64, 4, 3), (32, 64, 64, 2, 3), (16, 16, 64, 4, 1), several=True,
     ),
-    place(
-        "absorbed_values", 16, None, "BLOCK_M BLOCK_N BLOCK_C", (64, 32, 64, 4, 3), (64, 16, 64, 4, 3),
-        (32, 16, 64, 4, 1), (16, 16, 64, 4, 1),
-    ),
-    place("absorbed_values", 32, None, "BLOCK_M BLOCK_N BLOCK_C", (32, 16, 64, 4, 2), (16, 16, 32, 4, 1)),
+    place("absorbed_values", 32, None, "BLOCK_M BLOCK_K BLOCK_C", (32, 16, 64, 4, 2), (16, 16, 32, 4, 1)),
 )  # fmt: skip
 
 
@@ -78,26 +80,27 @@ def served(kernel: str, entry: Entry, card: Card) -> Iterator[Launch]:
     for dtype in (torch.float16, torch.bfloat16) if entry["bits"] == 16 else (torch.float32,):
         if kernel == "edit_rows":
             yield from row_launches(768, dtype, card)
-        elif kernel == "biased_attention":
+        elif kernel in ("biased_attention", "resident"):
             for head_dim, keys in itertools.product(HEAD_DIMS, KEYS):
-                if head_dim <= width and (width == 64 or 2 * head_dim > width):
+                if head_dim <= width and (width <= 128 or head_dim > 128):
                     yield biased_launch(1024, 8, head_dim, keys, dtype, card)
+                    yield mass_launch(1024, 8, head_dim, keys, dtype, card)
         else:
             for layer_width, keys in itertools.product(sorted({layer.width for layer in LAYERS}), KEYS):
-                if width is None or layer_width <= width:
-                    yield from absorbed_launches(1024, layer_width, 8, keys, dtype, card)
+                yield from absorbed_launches(1024, layer_width, 8, keys, dtype, card)
 
 
 def with_entry(kernel: str, entry: Entry, family: str) -> Card:
-    """A card of `family` with `entry` for `kernel`; of absorbed attention's two forms it takes the one meant."""
-    return Card(1 if kernel == "absorbed_attention" else 1 << 30, table()[family] | {kernel: [entry]})
+    """A card of `family` with `entry` for `kernel`, and for no other that would take its launches."""
+    others = {name: entries for name, entries in table()[family].items() if name != "resident"}
+    return Card(1, others | {kernel: [entry]}, family)
 
 
 def fits(kernel: str, entry: Entry, family: str) -> bool:
     """Whether all that an entry serves compiles within the budget of `family`."""
     capability = int(family[2:])
     for launch in served(kernel, entry, with_entry(kernel, entry, family)):
-        if kernel == "edit_rows" or launch.kernel.__name__.startswith(kernel):
+        if kernel in ("edit_rows", "resident") or launch.kernel.__name__.startswith(kernel):
             usage = compile_ahead(launch, capability)
             if usage.stack or usage.shared > SHARED_LIMITS[capability]:
                 return False
@@ -115,21 +118,20 @@ def seconds(launches: Iterable[Launch]) -> float:
         return float("inf")
 
 
-def measured(place: Place, family: str) -> Entry | None:
-    """The fastest candidate; None if none runs, or if two kernels are faster than the one this place is for."""
-    times = [
-        seconds(served(place.kernel, entry, with_entry(place.kernel, entry, family))) for entry in place.candidates
-    ]
-    limit = float("inf")
-    if place.kernel == "absorbed_attention":
-        limit = seconds(served(place.kernel, place.candidates[0], Card(1 << 30, table()[family])))
-    best = min(range(len(times)), key=times.__getitem__)
-    return place.candidates[best] if times[best] < limit else None
+def measured(place: Place, family: str) -> list[Entry]:
+    """The candidates that run, the fastest first; that alone where the place holds one."""
+    times = {
+        index: seconds(served(place.kernel, entry, with_entry(place.kernel, entry, family)))
+        for index, entry in enumerate(place.candidates)
+    }
+    found = [place.candidates[index] for index in sorted(times, key=times.__getitem__) if times[index] < float("inf")]
+    return found if place.several else found[:1]
 
 
-def by_budget(place: Place, family: str) -> Entry | None:
-    """The first candidate that fits; None if none does."""
-    return next((entry for entry in place.candidates if fits(place.kernel, entry, family)), None)
+def by_budget(place: Place, family: str) -> list[Entry]:
+    """The candidates that fit; the first of them alone where the place holds one."""
+    fitting = (entry for entry in place.candidates if fits(place.kernel, entry, family))
+    return list(fitting) if place.several else list(itertools.islice(fitting, 1))
 
 
 def tuned(family: str, measure: bool) -> dict[str, list[Entry]]:
@@ -140,9 +142,8 @@ def tuned(family: str, measure: bool) -> dict[str, list[Entry]]:
         with ProcessPoolExecutor() as pool:
             chosen = list(pool.map(partial(by_budget, family=family), PLACES))
     kernels: dict[str, list[Entry]] = {}
-    for place, entry in zip(PLACES, chosen, strict=True):
-        if entry is not None:
-            kernels.setdefault(place.kernel, []).append(entry)
+    for place, entries in zip(PLACES, chosen, strict=True):
+        kernels.setdefault(place.kernel, []).extend(entries)
     return kernels
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ... import ops
 from ...ops import cpu
+from ...ops.attention import zero_excluded
 from .sources import Source
 
 Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,7 +59,8 @@ def absorbed(attn: Any, source: Source, backend: str, context: torch.Tensor) -> 
         bias = bias.unsqueeze(1) + shift  # [B, H, n]
     if k.device.type == "cpu":
         return _absorbed_rows(a, bias, vo, to_out.bias, source.keys.counts)
-    return lambda x, context: ops.absorbed_attention(x, a, bias, vo, to_out.bias, backend=backend)
+    vo = zero_excluded(vo, bias)
+    return lambda x, context: ops.absorbed_attention(x, a, bias, vo, to_out.bias, zeroed=True, backend=backend)
 
 
 def _absorbed_rows(

@@ -1,0 +1,84 @@
+"""What a launch is estimated to take on a card: the largest of four times, plus the launch.
+
+    max(device memory, L2 cache, tensor cores at EFFICIENCY, dependent loads) + LAUNCH
+
+Rates are published ones, except those of L2 caches, which are rounded from others' microbenchmarks. Nothing here was
+measured; `make gpu` prints each prediction beside its measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .sizes import cdiv
+
+EFFICIENCY = 0.7
+"""Of the tensor cores' published rate, what a good kernel reaches."""
+
+LAUNCH = 2e-6
+"""Seconds between the ends of two kernels that do nothing."""
+
+LATENCY = 5e-7
+"""Seconds that a load takes which nothing hides."""
+
+STAGES = 3
+"""Turns of a main loop whose loads are under way at a time."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A card's family: multiply-adds of float16 per second and processor, bytes per second through the L2 cache and
+    device memory, bytes that the L2 cache holds, and bytes per second that one processor can take from it.
+    """
+
+    products: float
+    l2: float
+    memory: float
+    cache: float
+    port: float
+
+
+FAMILIES = {
+    "sm75": Rates(65e12 / 2 / 40, 1.2e12, 0.32e12, 4e6, 1.0e11),  # T4
+    "sm80": Rates(312e12 / 2 / 108, 4.4e12, 2.04e12, 40e6, 0.9e11),  # A100 80GB
+    "sm86": Rates(71e12 / 2 / 82, 2.4e12, 0.94e12, 6e6, 1.0e11),  # RTX 3090
+    "sm89": Rates(165e12 / 2 / 128, 4.6e12, 1.01e12, 72e6, 1.6e11),  # RTX 4090
+    "sm90": Rates(989e12 / 2 / 132, 5.6e12, 3.35e12, 50e6, 1.1e11),  # H100 SXM
+    "sm100": Rates(2250e12 / 2 / 148, 9e12, 8e12, 126e6, 1.2e11),  # B200
+    "sm120": Rates(209e12 / 2 / 170, 7e12, 1.79e12, 96e6, 1.5e11),  # RTX 5090
+    "gfx90a": Rates(191e12 / 2 / 110, 3e12, 1.6e12, 8e6, 1.1e11),  # a die of an MI250X
+    "gfx942": Rates(1307e12 / 2 / 304, 8e12, 5.3e12, 256e6, 1.3e11),  # MI300X
+    "gfx950": Rates(2300e12 / 2 / 256, 9e12, 8e12, 256e6, 1.5e11),  # MI355X
+    "gfx1100": Rates(123e12 / 2 / 96, 3e12, 0.96e12, 96e6, 1.5e11),  # RX 7900 XTX
+    "gfx1201": Rates(195e12 / 2 / 64, 3e12, 0.64e12, 64e6, 1.9e11),  # RX 9070 XT
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A launch as far as its time depends on it.
+
+    Attributes:
+        programs: how many.
+        products: multiply-adds of one, those of padding included.
+        through_l2: bytes that one loads and stores.
+        through_memory: bytes that have to come from device memory, in all.
+        between: bytes that the kernel before left, or the one behind takes: in the cache, where it holds them.
+        turns: of one's main loop.
+    """
+
+    programs: int
+    products: float
+    through_l2: float
+    through_memory: float
+    between: float = 0.0
+    turns: int = 1
+
+    def seconds(self, processors: int, rates: Rates) -> float:
+        """The estimate for a card of so many processors. A processor's programs share it; the last wait for none."""
+        rounds = cdiv(self.programs, processors)
+        products = rounds * self.products / (EFFICIENCY * rates.products)
+        l2 = max(self.programs * self.through_l2 / rates.l2, rounds * self.through_l2 / rates.port)
+        waiting = LATENCY * (2 + self.turns / STAGES) * cdiv(rounds, 2)
+        memory = self.through_memory + (self.between if 2 * self.between > rates.cache else 0)
+        return max(products, l2, memory / rates.memory, waiting) + LAUNCH
