@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .ops import backends
+from .ops.cards import architecture
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Info:
     """Versions, how the package was built, and which backends run here.
 
     Attributes:
-        versions: package name → version, or "absent".
+        versions: package name → version, or "absent"; the GPUs and what they are.
         build: what the build wrote down.
         backends: backend → "available", or why it is not.
         failures: what was tried in this process and could not be launched.
@@ -41,7 +42,11 @@ def info() -> Info:
     """Describe this installation."""
     versions = {"memkern": _version("memkern"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")}
-    versions["cuda"] = torch.version.cuda or "absent: torch is a CPU build"
+    versions["cuda"] = torch.version.cuda or f"absent: torch is a {'ROCm' if torch.version.hip else 'CPU'} build"
+    if torch.version.hip is not None:
+        versions["rocm"] = f"{torch.version.hip}, for which kernels were compiled but never run"
+    for index in range(torch.cuda.device_count()):
+        versions[f"gpu {index}"] = f"{torch.cuda.get_device_name(index)}, {architecture(index)}"
     states = {name: "; ".join(_against(name)) or "available" for name in backends.BACKENDS if name != "auto"}
     return Info(versions, _build(), states, tuple(backends.failures()))
 

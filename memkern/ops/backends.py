@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..version import __version__
+from .cards import has_matrix_units
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "torch")
 
@@ -70,6 +71,8 @@ def load_cuda(path: Path) -> str | None:
         return "the compiled CUDA library is not part of this installation (see `memkern info`)"
     if stale := built_for_another(_BUILD):
         return f"the compiled CUDA library {stale}"
+    if torch.version.hip is not None:
+        return f"the compiled CUDA library is not for ROCm, which torch {torch.__version__} is built for"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
@@ -135,8 +138,8 @@ def order(device: torch.device, operator: str | None = None) -> tuple[str, ...]:
     if device.type != "cuda":
         return ("cpp", "torch") if device.type == "cpu" else ("torch",)
     products = operator in ("biased_attention", "absorbed_attention", "attention_mass")
-    if products and torch.cuda.get_device_capability(device) < (8, 0):
-        return ("torch",)  # Triton has no tensor cores there, torch has.
+    if products and not has_matrix_units(device):
+        return ("torch",)  # Triton has no tensor cores there, torch may.
     return ("cuda", "triton", "torch")
 
 

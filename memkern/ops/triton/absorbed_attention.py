@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from ..attention import zero_excluded
-from . import works
-from .configs import Card, Config
-from .cost import Work
+from .absorbing import tiles
+from .configs import Card
 from .kernels.absorbed_attention import absorbed_probabilities_kernel, absorbed_values_kernel
 from .launch import Launch
-from .sizes import cdiv, power_of_2, split_width, up
+from .sizes import STEP, cdiv, power_of_2, split_width, up
 
 
 def absorbed_attention(
@@ -68,19 +66,20 @@ def plan(
         "heads": heads,
     }
     (first, first_work), (second, second_work) = tiles(card, batch, queries, width, heads, keys, x.dtype)
-    padded, few = up(keys), up(cdiv(keys, 2))
+    padded, few = up(keys, STEP), up(cdiv(keys, 2), STEP)
     p = x.new_empty(batch, queries, heads * padded)
-    sizes = {"C": width, "WIDTH": padded, "KEYS": power_of_2(keys)}
+    sizes = {"C": width, "WIDTH": padded, "STEP": STEP, "KEYS": power_of_2(keys)}
     rows = cdiv(queries, first.constants["BLOCK_M"])
     probabilities = Launch(
         absorbed_probabilities_kernel,
-        (batch * heads * rows,),
+        (batch * heads // first.constants["HEADS"] * rows,),
         shared | {"x": x.contiguous(), "a": a.contiguous(), "out": p, "tiles": rows},
         {
             **sizes,
             "FEW": few,
-            "FEW_PARTS": split_width(few),
-            "KEY_PARTS": split_width(keys),
+            "FEW_PARTS": split_width(few, multiple=STEP),
+            "KEY_PARTS": split_width(keys, multiple=STEP),
+            "HEADS": first.constants["HEADS"],
             "EVEN": width % first.constants["BLOCK_C"] == 0,
             **first.blocks,
         },
@@ -105,27 +104,3 @@ def plan(
         second_work,
     )
     return [probabilities, values]
-
-
-@functools.lru_cache(maxsize=1024)
-def tiles(
-    card: Card, batch: int, queries: int, width: int, heads: int, keys: int, dtype: torch.dtype
-) -> tuple[tuple[Config, Work], tuple[Config, Work]]:
-    """The configurations of both kernels that are estimated to be the fastest for these sizes."""
-    sizes = batch, queries, width, heads, keys, dtype.itemsize
-    return (
-        card.fastest(
-            "absorbed_probabilities",
-            width,
-            dtype,
-            lambda config: works.probabilities(*sizes, *(config.constants[name] for name in ("BLOCK_M", "BLOCK_C"))),
-        ),
-        card.fastest(
-            "absorbed_values",
-            width,
-            dtype,
-            lambda config: works.values(
-                *sizes, *(config.constants[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C"))
-            ),
-        ),
-    )

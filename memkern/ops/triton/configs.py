@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..cards import architecture
 from .cost import FAMILIES, Rates, Work
 
 Entry = dict[str, Any]
@@ -61,10 +62,19 @@ class Card:
         """A card of a family of the table."""
         return cls(processors, table()[family], family)
 
+    @classmethod
+    def typical(cls, family: str) -> Card:
+        """The card of a family that its rates are of."""
+        return cls.like(family, FAMILIES[family].processors)
+
     @property
     def rates(self) -> Rates:
         """What such a card does per second."""
         return FAMILIES[self.family]
+
+    def serves(self, kernel: str, width: int, dtype: torch.dtype) -> bool:
+        """Whether there is a configuration."""
+        return any(_fits(entry, width, dtype) for entry in self.entries.get(kernel, ()))
 
     def config(self, kernel: str, width: int, dtype: torch.dtype) -> Config:
         """The first of `configs`."""
@@ -78,8 +88,7 @@ class Card:
         """
         found: list[Entry] = []
         for entry in self.entries.get(kernel, ()):
-            fits = entry["bits"] == 8 * dtype.itemsize and (entry["width"] is None or width <= entry["width"])
-            if fits and (not found or entry["width"] == found[0]["width"]):
+            if _fits(entry, width, dtype) and (not found or entry["width"] == found[0]["width"]):
                 found.append(entry)
         if not found:
             raise NotImplementedError(f"{kernel}: no configuration for {dtype} and a width of {width}")
@@ -92,18 +101,42 @@ class Card:
         ]
 
     def fastest(
-        self, kernel: str, width: int, dtype: torch.dtype, work: Callable[[Config], Work]
+        self, kernel: str, width: int, dtype: torch.dtype, work: Callable[[Config], Work | None]
     ) -> tuple[Config, Work]:
-        """The configuration that is estimated to take the least time for the work that it makes."""
-        found = [(config, work(config)) for config in self.configs(kernel, width, dtype)]
-        return min(found, key=lambda one: one[1].seconds(self.processors, self.rates))
+        """The configuration that is estimated to take the least time for the work that it makes, of those that can.
+
+        Raises:
+            NotImplementedError: none can.
+        """
+        made = ((config, work(config)) for config in self.configs(kernel, width, dtype))
+        found = [(config, one) for config, one in made if one is not None]
+        if not found:
+            raise NotImplementedError(f"{kernel}: no configuration can for {dtype} and a width of {width}")
+        return min(found, key=lambda pair: pair[1].seconds(self.processors, self.rates))
 
 
-def family_of(capability: tuple[int, int]) -> str:
-    """The table's family for a compute capability: the newest that is not newer, of the same generation if any."""
-    known = sorted((int(name[2:]) for name in table()), reverse=True)
-    older = [family for family in known if family <= 10 * capability[0] + capability[1]]
-    same = [family for family in older if family // 10 == capability[0]]
+def _fits(entry: Entry, width: int, dtype: torch.dtype) -> bool:
+    return entry["bits"] == 8 * dtype.itemsize and (entry["width"] is None or width <= entry["width"])
+
+
+def family_of(name: str) -> str:
+    """The table's family for an architecture, "sm_90" or "gfx942".
+
+    For NVIDIA the newest that is not newer, of the same generation if any; for AMD one of the same generation.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    if name.startswith("gfx"):
+        # gfx1101 is like gfx1100, gfx940 like gfx942: the last one or two digits are steps within a generation.
+        alike = [other for other in table() if other[:5] == name[:5] and len(other) == len(name)]
+        if not alike:
+            raise NotImplementedError(f"triton: no configurations for {name}")
+        return name if name in alike else alike[0]
+    number = int(name.removeprefix("sm_"))
+    known = sorted((int(other[2:]) for other in table() if other.startswith("sm")), reverse=True)
+    older = [family for family in known if family <= number]
+    same = [family for family in older if family // 10 == number // 10]
     return f"sm{(same or older or known[-1:])[0]}"
 
 
@@ -117,5 +150,5 @@ def table() -> dict[str, dict[str, list[Entry]]]:
 
 @functools.cache
 def _of_gpu(device: torch.device) -> Card:
-    properties = torch.cuda.get_device_properties(device)
-    return Card.like(family_of((properties.major, properties.minor)), properties.multi_processor_count)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Card.like(family_of(architecture(device)), processors)

@@ -27,30 +27,45 @@ STAGES = 3
 
 @dataclass(frozen=True)
 class Rates:
-    """A card's family: multiply-adds of float16 per second and processor, bytes per second through the L2 cache and
-    device memory, bytes that the L2 cache holds, and bytes per second that one processor can take from it.
+    """A card that stands for its family.
+
+    Attributes:
+        name: of the card.
+        processors: streaming multiprocessors, or compute units.
+        operations: of float16 per second, an addition and a multiplication being two.
+        l2: bytes per second through the L2 cache.
+        memory: bytes per second through device memory.
+        cache: bytes that the L2 cache (AMD: the last cache) holds.
+        port: bytes per second that one processor can take from it.
     """
 
-    products: float
+    name: str
+    processors: int
+    operations: float
     l2: float
     memory: float
     cache: float
     port: float
 
+    @property
+    def products(self) -> float:
+        """Multiply-adds per second of one processor."""
+        return self.operations / 2 / self.processors
+
 
 FAMILIES = {
-    "sm75": Rates(65e12 / 2 / 40, 1.2e12, 0.32e12, 4e6, 1.0e11),  # T4
-    "sm80": Rates(312e12 / 2 / 108, 4.4e12, 2.04e12, 40e6, 0.9e11),  # A100 80GB
-    "sm86": Rates(71e12 / 2 / 82, 2.4e12, 0.94e12, 6e6, 1.0e11),  # RTX 3090
-    "sm89": Rates(165e12 / 2 / 128, 4.6e12, 1.01e12, 72e6, 1.6e11),  # RTX 4090
-    "sm90": Rates(989e12 / 2 / 132, 5.6e12, 3.35e12, 50e6, 1.1e11),  # H100 SXM
-    "sm100": Rates(2250e12 / 2 / 148, 9e12, 8e12, 126e6, 1.2e11),  # B200
-    "sm120": Rates(209e12 / 2 / 170, 7e12, 1.79e12, 96e6, 1.5e11),  # RTX 5090
-    "gfx90a": Rates(191e12 / 2 / 110, 3e12, 1.6e12, 8e6, 1.1e11),  # a die of an MI250X
-    "gfx942": Rates(1307e12 / 2 / 304, 8e12, 5.3e12, 256e6, 1.3e11),  # MI300X
-    "gfx950": Rates(2300e12 / 2 / 256, 9e12, 8e12, 256e6, 1.5e11),  # MI355X
-    "gfx1100": Rates(123e12 / 2 / 96, 3e12, 0.96e12, 96e6, 1.5e11),  # RX 7900 XTX
-    "gfx1201": Rates(195e12 / 2 / 64, 3e12, 0.64e12, 64e6, 1.9e11),  # RX 9070 XT
+    "sm75": Rates("T4", 40, 65e12, 1.2e12, 0.32e12, 4e6, 1.0e11),
+    "sm80": Rates("A100 80GB", 108, 312e12, 4.4e12, 2.04e12, 40e6, 0.9e11),
+    "sm86": Rates("RTX 3090", 82, 71e12, 2.4e12, 0.94e12, 6e6, 1.0e11),
+    "sm89": Rates("RTX 4090", 128, 165e12, 4.6e12, 1.01e12, 72e6, 1.6e11),
+    "sm90": Rates("H100 SXM", 132, 989e12, 5.6e12, 3.35e12, 50e6, 1.1e11),
+    "sm100": Rates("B200", 148, 2250e12, 9e12, 8e12, 126e6, 1.2e11),
+    "sm120": Rates("RTX 5090", 170, 209e12, 7e12, 1.79e12, 96e6, 1.5e11),
+    "gfx90a": Rates("MI250X, one die", 110, 191e12, 3e12, 1.6e12, 8e6, 1.1e11),
+    "gfx942": Rates("MI300X", 304, 1307e12, 8e12, 5.3e12, 256e6, 1.3e11),
+    "gfx950": Rates("MI355X", 256, 2300e12, 9e12, 8e12, 256e6, 1.5e11),
+    "gfx1100": Rates("RX 7900 XTX", 96, 123e12, 3e12, 0.96e12, 96e6, 1.5e11),
+    "gfx1201": Rates("RX 9070 XT", 64, 195e12, 3e12, 0.64e12, 64e6, 1.9e11),
 }
 
 

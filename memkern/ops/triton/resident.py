@@ -23,7 +23,11 @@ MOST_KEY_VALUES = 80 * 160
 def holds(card: Card, keys: int, width: int, dtype: torch.dtype) -> bool:
     """Whether a program can have all keys of a head: not in float32, whose products take no tensor cores."""
     covered = sum(split_width(keys)) * sum(split_width(width))
-    return keys <= MOST_KEYS and covered <= MOST_KEY_VALUES and dtype.itemsize == 2 and "resident" in card.entries
+    return keys <= MOST_KEYS and covered <= MOST_KEY_VALUES and card.serves("resident", width, dtype)
+
+
+TILES = 1, 2, 4, 8
+"""Tiles of queries that a program may take."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ def hold(
     found = []
     for config in card.configs("resident", width, dtype):
         block = config.constants["BLOCK_M"]
-        for tiles in (1, 2, 4, 8):
-            if tiles == 1 or tiles * block <= queries:
+        for tiles in TILES:
+            if tiles == TILES[0] or tiles * block <= queries:
                 work = works.resident(batch, queries, heads, width, keys, dtype.itemsize, block, tiles, products)
                 found.append(Hold(config, tiles, cdiv(queries, block * tiles), work))
     return min(found, key=lambda one: one.work.seconds(card.processors, card.rates))

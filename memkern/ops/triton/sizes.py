@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+STEP = 8
+"""The keys of `absorbed_attention` are computed up to a multiple of it: the narrowest product of tensor cores."""
+
 
 def cdiv(size: int, block: int) -> int:
     """Blocks that cover `size`."""
@@ -18,12 +21,12 @@ def power_of_2(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def split_width(size: int, largest: int = 256) -> tuple[int, ...]:
-    """Powers of 2, `largest` at most, that cover `size` up to the next multiple of 16.
+def split_width(size: int, largest: int = 256, multiple: int = 16) -> tuple[int, ...]:
+    """Powers of 2, `largest` at most, that cover `size` up to the next multiple of 16, or of another power of 2.
 
     Triton's blocks are powers of 2, widths are not: 40 → (32, 16), 77 → (64, 16), 320 → (256, 64).
     """
-    left, parts = up(max(size, 1)), []
+    left, parts = up(max(size, 1), multiple), []
     while left:
         parts.append(min(largest, 1 << (left.bit_length() - 1)))
         left -= parts[-1]

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .cost import Work
-from .sizes import cdiv, up
+from .sizes import STEP, cdiv, up
 
 
 def probabilities(
-    batch: int, queries: int, width: int, heads: int, keys: int, size: int, block_m: int, block_c: int
+    batch: int, queries: int, width: int, heads: int, keys: int, size: int, block_m: int, block_c: int, several: int
 ) -> Work:
-    """The first kernel of `absorbed_attention`: x and a in, probabilities out."""
-    tiles, padded = cdiv(queries, block_m), up(keys)
+    """The first kernel of `absorbed_attention`, for `several` heads a program: x and a in, probabilities out."""
+    rows, padded = cdiv(queries, block_m), up(keys, STEP)
     return Work(
-        programs=batch * heads * tiles,
-        products=block_m * padded * up(width, block_c),
-        through_l2=size * ((block_m + padded) * width + block_m * padded),
+        programs=batch * heads // several * rows,
+        products=block_m * several * padded * up(width, block_c),
+        through_l2=size * ((block_m + several * padded) * width + block_m * several * padded),
         through_memory=size * batch * heads * keys * width,
         between=size * batch * queries * (width + heads * padded),
         turns=cdiv(width, block_c),
@@ -30,7 +30,7 @@ def values(
     batch: int, queries: int, width: int, heads: int, keys: int, size: int, block_m: int, block_k: int, block_c: int
 ) -> Work:
     """The second: probabilities and vo in, the layer's output out."""
-    depth = heads * up(keys)
+    depth = heads * up(keys, STEP)
     return Work(
         programs=batch * cdiv(queries, block_m) * cdiv(width, block_c),
         products=block_m * block_c * up(depth, block_k),
