@@ -149,15 +149,14 @@ def interpreted(kernel, **tile):
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("several", [1, 2])
-@pytest.mark.parametrize(
-    "shape", [(2, 33, 40, 2, 77), (1, 65, 320, 2, 33), (2, 7, 33, 4, 16), (2, 9, 24, 2, 231), (2, 5, 48, 2, 9)], ids=str
-)
 @pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("extras", [False, True])
-def test_absorbed_attention_with_heads_taken_together(dtype, several, shape, per_head, extras, monkeypatch):
+@pytest.mark.parametrize(
+    "shape", [(2, 17, 40, 2, 77), (2, 7, 33, 4, 16), (1, 9, 24, 2, 231), (2, 5, 48, 2, 9)], ids=str
+)
+def test_absorbed_attention_with_heads_taken_together(dtype, several, shape, per_head, monkeypatch):
     """Rows of one batch take the narrow and the wide body: the first has a third of the keys."""
     monkeypatch.setattr("memkern.ops.triton.absorbing.MOST_LOGITS", 1 << 30)
-    arguments = sample(*shape, dtype, per_head, extras)
+    arguments = sample(*shape, dtype, per_head)
     card = interpreted("absorbed_probabilities", BLOCK_M=16, BLOCK_C=32, HEADS=several)
     out = torch.full_like(arguments[0], float("nan"))
     for launch in absorbed.plan(*arguments, out, card):
@@ -183,8 +182,7 @@ def test_absorbed_attention_of_rows_without_keys_and_of_garbage_behind_excluded_
 
 @interpreter
 @needs_interpreter
-@pytest.mark.parametrize("width", [5, 40, 64, 80, 160])
-@pytest.mark.parametrize("keys", [1, 33, 77, 128])
+@pytest.mark.parametrize(("width", "keys"), [(5, 1), (40, 77), (64, 33), (80, 128), (160, 40)])
 @pytest.mark.parametrize("tiles_each", [1, 2])
 @pytest.mark.parametrize("views", [False, True])
 def test_attention_with_all_keys_at_hand(width, keys, tiles_each, views, monkeypatch):

@@ -90,10 +90,16 @@ class Work:
     turns: int = 1
 
     def seconds(self, processors: int, rates: Rates) -> float:
-        """The estimate for a card of so many processors. A processor's programs share it; the last wait for none."""
+        """The estimate for a card of so many processors."""
+        return max(self.parts(processors, rates).values()) + LAUNCH
+
+    def parts(self, processors: int, rates: Rates) -> dict[str, float]:
+        """The four times. A processor's programs share it; those of the last round have it to themselves."""
         rounds = cdiv(self.programs, processors)
-        products = rounds * self.products / (EFFICIENCY * rates.products)
-        l2 = max(self.programs * self.through_l2 / rates.l2, rounds * self.through_l2 / rates.port)
-        waiting = LATENCY * (2 + self.turns / STAGES) * cdiv(rounds, 2)
         memory = self.through_memory + (self.between if 2 * self.between > rates.cache else 0)
-        return max(products, l2, memory / rates.memory, waiting) + LAUNCH
+        return {
+            "memory": memory / rates.memory,
+            "L2": max(self.programs * self.through_l2 / rates.l2, rounds * self.through_l2 / rates.port),
+            "products": rounds * self.products / (EFFICIENCY * rates.products),
+            "loads": LATENCY * (2 + self.turns / STAGES) * cdiv(rounds, 2),
+        }

@@ -127,13 +127,14 @@ def fits(kernel: str, entry: Entry, family: str) -> bool:
 def reviews_well(launch: Launch, card: Card) -> bool:
     """No stack, shared memory within the limit; on NVIDIA with cp.async no product twice and no load waited for.
 
-    What takes keys as they come reads their bias before them, and is let off the last.
+    What takes keys as they come reads their bias before them, and is let off the last; so is what has no products of
+    tensor cores that are counted.
     """
     if not card.family.startswith("sm"):
         usage = compile_ahead(launch, card.family)
         return not usage.stack and usage.shared <= SHARED_LIMITS[card.family]
     found = review(launch, card)
-    waits = found.waiting and card.family != "sm75" and "BLOCK_N" not in launch.constants
+    waits = found.waiting and found.redundancy and card.family != "sm75" and "BLOCK_N" not in launch.constants
     return not (found.usage.stack or found.usage.shared > SHARED_LIMITS[card.family] or waits or found.redundancy > MOST_REDUNDANCY)
 
 
