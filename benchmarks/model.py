@@ -210,7 +210,10 @@ def _tile(config: Config) -> str:
 
 def edits_table() -> list[str]:
     """Edits of 64 prompts, which move what a copy moves."""
-    lines = [f"| operator | MB | {' | '.join(f'{card}, µs' for card in CARDS)} |", f"| --- | ---: |{' ---: |' * len(CARDS)}"]
+    lines = [
+        f"| operator | MB | {' | '.join(f'{card}, µs' for card in CARDS)} |",
+        f"| --- | ---: |{' ---: |' * len(CARDS)}",
+    ]
     for width in CONTEXT_WIDTHS.values():
         for operator, tensors in (("edit_embeds", 1), ("edit_kv", 2)):
             work = rows_work(width, tensors)
@@ -228,15 +231,15 @@ def table() -> str:
             "",
             f"float16 on {cards}; microseconds, written by `python benchmarks/model.py`. Nothing here was measured.",
             "",
-            "A launch takes the largest of four times: bytes through device memory (weights, K and V, A and VO; what the",
-            "kernel before left only where the L2 cache does not hold it), bytes of all tiles through the L2 cache,",
-            f"products of tiles at {EFFICIENCY:.0%} of the tensor cores' published rate with the last round of programs",
-            f"counted whole, and loads that nothing hides ({1e6 * LATENCY:.1f} µs each: two before the main loop, one for",
-            f"three of its turns); and {1e6 * LAUNCH:.0f} µs to be launched. *unfused* is diffusers' AttnProcessor2_0: four",
-            "projections (the best of several tile sizes and splits), torch's attention over 77 keys, the division by",
-            "`rescale_output_factor`. *projected* is `biased_attention` between to_q and to_out with K and V kept,",
-            "*absorbed* is `absorbed_attention`, one path for the batch. The block's residual is in none. The",
-            "least is bold.",
+            "A launch takes the largest of four times: bytes through device memory (weights, K and V, A and VO; what",
+            "the kernel before left only where the L2 cache does not hold it), bytes of all tiles through the L2,",
+            f"products of tiles at {EFFICIENCY:.0%} of the tensor cores' published rate with the last round of",
+            f"programs counted whole, and loads that nothing hides ({1e6 * LATENCY:.1f} µs each: two before the main",
+            f"loop, one for three of its turns); and {1e6 * LAUNCH:.0f} µs to be launched. *unfused* is diffusers'",
+            "AttnProcessor2_0: four projections (the best of several tile sizes and splits), torch's attention over 77",
+            "keys, the division by `rescale_output_factor`. *projected* is `biased_attention` between to_q and to_out",
+            "with K and V kept, *absorbed* is `absorbed_attention`, one path for the batch. The block's residual is in",
+            "none. The least is bold.",
             "",
             *paths_table(),
             "",
@@ -244,8 +247,8 @@ def table() -> str:
             "",
             *shares_table(),
             "",
-            "What runs: tile (rows, then channels and heads, or keys and channels; for `biased_attention` rows · tiles a",
-            "program), programs, MB that they load and store by their tiles, and which of the four times sets theirs.",
+            "What runs: tile (rows, then channels and heads, or keys and channels; for `biased_attention` rows · tiles",
+            "of a program), programs, MB that they load and store by their tiles, and the largest of the four times.",
             "",
             *launches_table(),
             "",

@@ -29,7 +29,9 @@ def test_a_product_that_is_not_understood_is_not_passed_by():
 
 
 def test_products_that_are_asked_for():
-    dot = "%3 = tt.dot %1, %2, %0, inputPrecision = ieee : tensor<64x32xf16> * tensor<32x16xf16> -> tensor<64x16xf32> loc"
+    dot = (
+        "%3 = tt.dot %1, %2, %0, inputPrecision = ieee : tensor<64x32xf16> * tensor<32x16xf16> -> tensor<64x16xf32> loc"
+    )
     assert wanted_products(f"%0 = arith.constant 0\n{dot}\n{dot}\n") == 2 * 64 * 32 * 16
 
 

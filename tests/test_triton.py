@@ -23,9 +23,9 @@ from memkern.ops.triton import biased_attention as biased
 from memkern.ops.triton import resident
 from memkern.ops.triton.absorbing import tiles
 from memkern.ops.triton.configs import Card, family_of, table
+from memkern.ops.triton.layers import LAYERS, attention_launches
 from memkern.ops.triton.resident import holds
 from memkern.ops.triton.sizes import power_of_2, split_width
-from memkern.ops.triton.layers import LAYERS, attention_launches
 
 interpreter = pytest.mark.interpreter
 needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="needs a process with TRITON_INTERPRET=1")

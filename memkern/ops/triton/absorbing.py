@@ -11,7 +11,6 @@ from .configs import Card, Config
 from .cost import Work
 from .sizes import STEP, up
 
-
 MOST_LOGITS = 80
 """Of several heads that a thread holds in registers."""
 

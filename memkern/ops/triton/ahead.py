@@ -157,9 +157,7 @@ def _usage(compiled: Any, family: str) -> Usage:
     if not family.startswith("sm"):
         found = {
             name: int(value)
-            for name, value in re.findall(
-                r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"]
-            )
+            for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"])
         }
         return Usage(found["vgpr_count"], found["private_segment_fixed_size"], compiled.metadata.shared)
     with _cubin(compiled) as path:

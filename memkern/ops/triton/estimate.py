@@ -12,6 +12,7 @@ from .configs import Card
 from .cost import Work
 from .sizes import STEP, up
 
+
 @dataclass(frozen=True)
 class Layer:
     """A cross-attention layer and a context.

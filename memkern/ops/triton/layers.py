@@ -59,9 +59,7 @@ BATCH = 2
 """The prompt and its negative."""
 
 
-def attention_launches(
-    layer: Layer, keys: int, dtype: torch.dtype, card: Card, batch: int = BATCH
-) -> list[Launch]:
+def attention_launches(layer: Layer, keys: int, dtype: torch.dtype, card: Card, batch: int = BATCH) -> list[Launch]:
     """`biased_attention`, `attention_mass` and the kernels of `absorbed_attention` of one layer."""
     heads = layer.queries, layer.heads, layer.head_dim, keys, dtype, card, batch
     absorbed = absorbed_launches(layer.queries, layer.width, layer.heads, keys, dtype, card, batch)

@@ -1,4 +1,4 @@
-"""What a compiled kernel's own code says: products that it asks for and issues, and loads that its main loop waits for."""
+"""What a compiled kernel's own code says: products asked for and issued, and loads that its main loop waits for."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ class Place:
     holds: int = 1
 
 
-def place(
-    kernel: str, bits: int, width: int | None, names: str, *sizes: tuple[int, ...], holds: int = 1
-) -> Place:
+def place(kernel: str, bits: int, width: int | None, names: str, *sizes: tuple[int, ...], holds: int = 1) -> Place:
     """The place for elements of `bits` and a width up to `width`, with `sizes` for `names`, warps and stages."""
     condition = {"bits": bits, "width": width}
     names_of_sizes = (*names.split(), "num_warps", "num_stages")
@@ -135,7 +133,8 @@ def reviews_well(launch: Launch, card: Card) -> bool:
         return not usage.stack and usage.shared <= SHARED_LIMITS[card.family]
     found = review(launch, card)
     waits = found.waiting and found.redundancy and card.family != "sm75" and "BLOCK_N" not in launch.constants
-    return not (found.usage.stack or found.usage.shared > SHARED_LIMITS[card.family] or waits or found.redundancy > MOST_REDUNDANCY)
+    spills = found.usage.stack or found.usage.shared > SHARED_LIMITS[card.family]
+    return not (spills or waits or found.redundancy > MOST_REDUNDANCY)
 
 
 def seconds(launches: Iterable[Launch]) -> float:
