@@ -78,8 +78,11 @@ def projected(layer: Layer, card: Card) -> list[Work]:
 
 def biased(layer: Layer, card: Card) -> Work:
     """`biased_attention` alone; every sequence is padded to the longest."""
-    sizes = layer.batch, layer.queries, layer.heads, layer.head_dim, max(layer.counts)
-    return resident.hold(card, *sizes, layer.dtype, 2).work
+    sizes, keys = (layer.batch, layer.queries, layer.heads, layer.head_dim), max(layer.counts)
+    if resident.holds(card, keys, layer.head_dim, layer.dtype):
+        return resident.hold(card, *sizes, keys, layer.dtype, 2).work
+    block = card.config("biased_attention", layer.head_dim, layer.dtype).constants["BLOCK_M"]
+    return works.resident(*sizes, keys, layer.size, block, 1, 2)
 
 
 def absorbed(layer: Layer, card: Card) -> list[Work]:
