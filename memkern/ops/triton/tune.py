@@ -53,7 +53,7 @@ def place(kernel: str, bits: int, width: int | None, names: str, *sizes: tuple[i
 # Without tensor cores (float32, and compute capability 7.5) an operand's whole depth is in registers.
 _SMALL = ((32, 16, 64, 4, 1), (16, 16, 64, 4, 1), (16, 16, 32, 4, 1), (16, 16, 32, 8, 1), (16, 16, 16, 8, 1))
 _TALL = ((64, 16, 256, 4, 2), (64, 16, 256, 4, 1), (32, 16, 256, 2, 1), (32, 16, 64, 2, 1), (16, 16, 64, 1, 1))
-_RESIDENT = ((64, 4, 2), (32, 2, 2), (32, 4, 2), (16, 1, 2), (16, 2, 2))
+_RESIDENT = ((64, 4, 2), (32, 2, 2), (64, 8, 2), (32, 4, 2), (16, 1, 2), (16, 2, 2))
 PLACES = (
     place("edit_rows", 16, None, "BLOCK_ROWS BLOCK_COLUMNS", (2, 1024, 4, 1)),
     place("edit_rows", 32, None, "BLOCK_ROWS BLOCK_COLUMNS", (2, 512, 4, 1)),
@@ -74,7 +74,7 @@ PLACES = (
         (32, 64, 1, 2, 3), (64, 64, 1, 4, 2), (32, 32, 1, 2, 2), (16, 32, 1, 4, 1), holds=8,
     ),
     place(
-        "absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C HEADS", (32, 32, 1, 4, 2), (16, 32, 1, 4, 1),
+        "absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C HEADS", (32, 32, 1, 4, 2), (32, 32, 1, 8, 2), (16, 32, 1, 4, 1),
         (16, 16, 1, 4, 1),
     ),
     place(
