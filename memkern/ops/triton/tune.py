@@ -74,8 +74,8 @@ PLACES = (
         (32, 64, 1, 2, 3), (64, 64, 1, 4, 2), (32, 32, 1, 2, 2), (16, 32, 1, 4, 1), holds=8,
     ),
     place(
-        "absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C HEADS", (32, 32, 1, 4, 2), (32, 32, 1, 8, 2), (16, 32, 1, 4, 1),
-        (16, 16, 1, 4, 1),
+        "absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C HEADS", (32, 32, 1, 4, 2), (32, 32, 1, 8, 2),
+        (16, 32, 1, 4, 1), (16, 16, 1, 4, 1),
     ),
     place(
         "absorbed_values", 16, None, "BLOCK_M BLOCK_K BLOCK_C", (128, 64, 128, 8, 3), (128, 64, 64, 4, 3),
