@@ -8,10 +8,11 @@ import pytest
 import torch
 from bench_attention_mass import SD15, arguments, materialized
 from cross_attention import CrossAttention
-from model import BATCH, Ceiling, Work, absorbed, mass, projected, rows_work, unfused
+from model import BATCH, Ceiling, Work, absorbed, estimates, mass, projected, rows_work, unfused
 
 from memkern import lower, ops
 from memkern.ops import backends
+from memkern.ops.triton.configs import Card
 from memkern.ops.triton.layers import CONTEXT_WIDTHS, KEYS, LAYERS
 from memkern.roles import Role
 
@@ -34,7 +35,15 @@ def ceiling() -> Ceiling:
     return Ceiling(2 * big.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3)
 
 
-def measure(benchmark, function, work: Work) -> None:
+def predicted(name: str, layer, keys: int) -> float:
+    """What benchmarks/model.py says of a path on this card, in microseconds; NaN for what it does not know."""
+    path = {"diffusers": "former", "memkern, projected": "projected", "memkern, absorbed": "absorbed"}.get(name)
+    if path is None:
+        return float("nan")
+    return estimates(layer, (keys, keys), BATCH, Card.of(torch.device("cuda", torch.cuda.current_device())))[path]
+
+
+def measure(benchmark, function, work: Work, estimate: float = float("nan")) -> None:
     """Device time with a cold L2 cache, launches included; again inside a CUDA graph, without; the floor's share."""
     low, median, high = (1e3 * quantile for quantile in do_bench(function, quantiles=[0.2, 0.5, 0.8]))
     try:
@@ -44,7 +53,12 @@ def measure(benchmark, function, work: Work) -> None:
         benchmark.extra_info["graph_error"] = str(error).splitlines()[0]
     floor = ceiling().microseconds(work)
     benchmark.extra_info.update(
-        median_us=median, quantiles_us=[low, high], graph_us=graph, floor_us=floor, ceiling=vars(ceiling())
+        median_us=median,
+        quantiles_us=[low, high],
+        graph_us=graph,
+        floor_us=floor,
+        ceiling=vars(ceiling()),
+        model_us=estimate,
     )
     benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5, warmup_rounds=1)
 
@@ -77,7 +91,7 @@ def test_cross_attention(benchmark, layer, keys, dtype, name):
     benchmark.name = name
     implementations = made(layer, keys, dtype)
     torch.testing.assert_close(implementations[name](), implementations["diffusers"](), atol=3e-2, rtol=3e-2)
-    measure(benchmark, implementations[name], FLOORS.get(name, unfused)(layer, keys))
+    measure(benchmark, implementations[name], FLOORS.get(name, unfused)(layer, keys), predicted(name, layer, keys))
 
 
 @torch.no_grad()

@@ -57,7 +57,8 @@ class CrossAttention:
         )  # [B, H, n, D]
         self.k, self.v = k, v
         self.a = (k @ layer.to_q.weight.unflatten(0, (heads, -1)) * layer.scale).contiguous()
-        self.vo = (v @ layer.to_out[0].weight.unflatten(1, (heads, -1)).permute(1, 2, 0)).contiguous()
+        vo = v @ layer.to_out[0].weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
+        self.vo = vo.masked_fill((self.bias == -math.inf)[:, None, :, None], 0).contiguous()
 
     def implementations(self, backend: str = "auto") -> dict[str, Callable[[], torch.Tensor]]:
         """Name → a call that computes the layer's output `[B, N, C]`; memkern's with `backend`."""
@@ -78,7 +79,7 @@ class CrossAttention:
             "diffusers, compiled": lambda: compiled(x, encoder_hidden_states=context),
             "memkern, projected": projected,
             "memkern, absorbed": lambda: ops.absorbed_attention(
-                x, self.a, self.bias, self.vo, out_bias, backend=backend
+                x, self.a, self.bias, self.vo, out_bias, zeroed=True, backend=backend
             ),
             "reference, absorbed": lambda: ops.absorbed_attention(
                 x, self.a, self.bias, self.vo, out_bias, backend="torch"

@@ -6,6 +6,7 @@ Writes benchmarks/gpu/<card>.md and the raw numbers beside it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -40,8 +41,8 @@ def table(run: dict) -> list[str]:
             "",
             f"### {group}",
             "",
-            "| | median, µs (20–80 %) | speed-up | in a CUDA graph, µs | speed-up | share of the floor |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            "| | median, µs (20–80 %) | speed-up | in a CUDA graph, µs | speed-up | predicted, µs | of the floor |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for name, info in rows:
             low, high = info["quantiles_us"]
@@ -50,6 +51,7 @@ def table(run: dict) -> list[str]:
                 f"{base['median_us'] / info['median_us']:.2f}×",
                 f"{info['graph_us']:.1f}",
                 f"{base['graph_us'] / info['graph_us']:.2f}×",
+                "" if math.isnan(info["model_us"]) else f"{info['model_us']:.1f}",
                 f"{info['floor_us'] / info['graph_us']:.0%}",
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")

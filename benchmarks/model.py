@@ -1,4 +1,4 @@
-"""What each path moves and computes in one cross-attention layer, and the time below which no card can do it.
+"""What each path of a cross-attention layer is estimated to take, and the time below which no card can do it.
 
 `python benchmarks/model.py` writes benchmarks/model.md, a prediction for measurements to meet.
 """
@@ -10,10 +10,13 @@ from pathlib import Path
 
 import torch
 
-from memkern.ops.triton.configs import Card
-from memkern.ops.triton.configs import table as configurations
-from memkern.ops.triton.launch import cdiv
+from memkern.ops.triton import estimate
+from memkern.ops.triton.absorbing import tiles
+from memkern.ops.triton.configs import Card, Config
+from memkern.ops.triton.cost import EFFICIENCY, LATENCY, LAUNCH, Rates
+from memkern.ops.triton.cost import Work as Launched
 from memkern.ops.triton.layers import BATCH, CONTEXT_WIDTHS, KEYS, LAYERS, Layer
+from memkern.ops.triton.resident import hold
 
 BYTES = 2  # float16
 
@@ -41,11 +44,22 @@ class Ceiling:
         return 1e6 * max(work.bytes / self.bytes, work.operations / self.operations)
 
 
-CARDS = {
-    "A100 80GB": Ceiling(2.04e12, 312e12),
-    "H100 SXM": Ceiling(3.35e12, 989e12),
-    "RTX 4090": Ceiling(1.01e12, 165e12),
+CARDS = {"A100": Card.typical("sm80"), "RTX 4090": Card.typical("sm89"), "H100": Card.typical("sm90")}
+BATCHES = (2, 8)
+COUNTS = ((77, 77), (33, 77), (33, 33))
+"""Keys left of the negative prompt and the prompt."""
+
+OF_A_UNET = {
+    "SD 1.5": {4096: 5, 1024: 5, 256: 5, 64: 1},
+    "SD 2.1": {9216: 5, 2304: 5, 576: 5, 144: 1},
+    "SDXL": {4096: 10, 1024: 60},
 }
+"""How many layers of each length a UNet has."""
+
+
+def ceiling_of(rates: Rates) -> Ceiling:
+    """A card's published rates."""
+    return Ceiling(rates.memory, rates.operations)
 
 
 def linear(rows: int, inputs: int, outputs: int) -> Work:
@@ -89,25 +103,10 @@ def absorbed(layer: Layer, keys: int) -> Work:
     return Work(BYTES * moved, 4 * rows * layer.heads * keys * layer.width)
 
 
-def absorbed_in_two(layer: Layer, keys: int) -> Work:
-    """The same in two kernels: the probabilities, padded to 16 keys, go through memory."""
-    padded = 16 * -(-keys // 16)
-    through = 2 * BATCH * layer.queries * layer.heads * padded
-    return absorbed(layer, keys) + Work(BYTES * through, 0)
-
-
 def mass(layer: Layer, keys: int) -> Work:
     """attention_mass: q and k in, the logits twice, sums of a few bytes out."""
     rows = BATCH * layer.queries
     return Work(BYTES * (rows + BATCH * keys) * layer.width, 4 * rows * keys * layer.width)
-
-
-PATHS = {
-    "unfused": unfused,
-    "projected": projected,
-    "absorbed, one kernel": absorbed,
-    "absorbed, two kernels": absorbed_in_two,
-}
 
 
 def rows_work(width: int, tensors: int, dtype_bytes: int = BYTES) -> Work:
@@ -116,91 +115,149 @@ def rows_work(width: int, tensors: int, dtype_bytes: int = BYTES) -> Work:
     return Work(tensors * keys * (2 * width * dtype_bytes + 8), tensors * keys * width)
 
 
-def tiles_one(layer: Layer, keys: int, card: Card) -> int | None:
-    """Bytes that the programs of one kernel load and store; None where the card has no such configuration."""
-    try:
-        rows = card.config("absorbed_attention", layer.width, torch.float16).constants["BLOCK_M"]
-    except NotImplementedError:
-        return None
-    per_program = layer.heads * (2 * keys + rows) * layer.width + 2 * rows * layer.width
-    return BYTES * BATCH * cdiv(layer.queries, rows) * per_program
+def described(layer: Layer, counts: tuple[int, ...], batch: int) -> estimate.Layer:
+    """A layer with so many keys left in a batch of such pairs."""
+    sizes = layer.queries, layer.width, layer.heads
+    return estimate.Layer(*sizes, counts * (batch // 2), 77, CONTEXT_WIDTHS[layer.model])
 
 
-def tiles_two(layer: Layer, keys: int, card: Card) -> int:
-    """The same of two kernels."""
-    padded = 16 * cdiv(keys, 16)
-    rows = card.config("absorbed_probabilities", layer.width, torch.float16).constants["BLOCK_M"]
-    first = cdiv(layer.queries, rows) * layer.heads * ((keys + rows) * layer.width + rows * padded)
-    sizes = card.config("absorbed_values", layer.width, torch.float16).constants
-    rows, columns = sizes["BLOCK_M"], sizes["BLOCK_C"]
-    per_program = layer.heads * (rows * keys + keys * columns) + 2 * rows * columns
-    return BYTES * BATCH * (first + cdiv(layer.queries, rows) * cdiv(layer.width, columns) * per_program)
+def estimates(layer: Layer, counts: tuple[int, ...], batch: int, card: Card) -> dict[str, float]:
+    """Path → microseconds."""
+    given = described(layer, counts, batch)
+    return {path: 1e6 * estimate.seconds(path, given, card) for path in estimate.PATHS}
 
 
-def tiles_table() -> list[str]:
-    """What the tiles of the table of configurations make of it."""
-    families = ("sm80", "sm90")
+def share(model: str, counts: tuple[int, ...], batch: int, card: Card) -> float:
+    """What the fastest paths of all layers of a UNet take, of what diffusers' own processors do."""
+    chosen = former = 0.0
+    for layer in LAYERS:
+        if layer.model == model:
+            times = estimates(layer, counts, batch, card)
+            chosen += OF_A_UNET[model][layer.queries] * min(times.values())
+            former += OF_A_UNET[model][layer.queries] * times["former"]
+    return chosen / former
+
+
+def paths_table() -> list[str]:
+    """Every layer, path and card."""
     lines = [
-        "",
-        "What the tiles as configured load and store, in MB, mostly from and to the L2 cache: A and VO once per tile",
-        "of rows. Where this is many times the bytes above, the L2 cache and not the floor sets the time.",
-        "",
-        f"| layer | keys |{''.join(f' {family}, one kernel | {family}, two |' for family in families)}",
-        f"| --- | ---: |{' ---: |' * 2 * len(families)}",
+        f"| layer | batch | keys | {' | '.join(f'{card}: unfused | projected | absorbed' for card in CARDS)} |",
+        f"| --- | ---: | ---: |{' ---: |' * 3 * len(CARDS)}",
     ]
     for layer in LAYERS:
-        for keys in KEYS:
-            cells = []
-            for family in families:
-                card = Card(1, configurations()[family])
-                one = tiles_one(layer, keys, card)
-                cells += ["" if one is None else f"{one / 1e6:.0f}", f"{tiles_two(layer, keys, card) / 1e6:.0f}"]
-            lines.append(f"| {layer.model} {layer.queries}×{layer.width} | {keys} | {' | '.join(cells)} |")
+        for batch in BATCHES:
+            for counts in COUNTS:
+                cells = []
+                for card in CARDS.values():
+                    times = estimates(layer, counts, batch, card)
+                    least = min(times.values())
+                    cells += [f"**{time:.0f}**" if time == least else f"{time:.0f}" for time in times.values()]
+                name = f"{layer.model} {layer.queries}×{layer.width}, H = {layer.heads}"
+                lines.append(f"| {name} | {batch} | {'/'.join(map(str, counts))} | {' | '.join(cells)} |")
     return lines
 
 
-def table() -> str:
-    """The page."""
+def shares_table() -> list[str]:
+    """Whole UNets."""
     lines = [
-        "# What a cross-attention layer costs at least",
-        "",
-        f"float16, batch {BATCH} (the prompt and its negative), keys left of 77. Bytes: every tensor once for each",
-        "kernel that reads or writes it. The floor is the larger of bytes and operations over what a card can do at",
-        "most (as published, dense); in brackets, how many times less than unfused. *unfused* is diffusers' default",
-        "processor, *projected* is `biased_attention` between to_q and to_out with K and V kept, *absorbed* is",
-        "`absorbed_attention`. Absorbing trades bytes and launches for operations: it pays where n < C / (H - 1), and",
-        "where launches count.",
-        "Written by `python benchmarks/model.py`.",
-        "",
-        f"| layer | keys | path | MB | GFLOP | {' | '.join(f'{card}, µs' for card in CARDS)} |",
-        f"| --- | ---: | --- | ---: | ---: |{' ---: |' * len(CARDS)}",
+        f"| UNet | batch | keys | {' | '.join(CARDS)} |",
+        f"| --- | ---: | ---: |{' ---: |' * len(CARDS)}",
+    ]
+    for model in OF_A_UNET:
+        for batch in BATCHES:
+            for counts in COUNTS:
+                cells = [f"{share(model, counts, batch, card):.2f}" for card in CARDS.values()]
+                lines.append(f"| {model} | {batch} | {'/'.join(map(str, counts))} | {' | '.join(cells)} |")
+    return lines
+
+
+def limit(work: Launched, card: Card) -> str:
+    """Which of the four times is the largest."""
+    times = work.parts(card.processors, card.rates)
+    return max(times, key=lambda name: times[name])
+
+
+def launches_table() -> list[str]:
+    """What really runs: tiles, programs, bytes through the L2 cache, and what sets the time."""
+    lines = [
+        f"| layer | keys | batch | kernel |{''.join(f' {card}: tile | programs | MB | limit |' for card in CARDS)}",
+        f"| --- | ---: | ---: | --- |{' --- | ---: | ---: | --- |' * len(CARDS)}",
     ]
     for layer in LAYERS:
         for keys in KEYS:
-            base = unfused(layer, keys)
-            for name, path in PATHS.items():
-                work = path(layer, keys)
-                floors = [
-                    f"{ceiling.microseconds(work):.1f} ({ceiling.microseconds(base) / ceiling.microseconds(work):.1f}×)"
-                    for ceiling in CARDS.values()
-                ]
-                shape = f"{layer.model} {layer.queries}×{layer.width}, H = {layer.heads}"
-                numbers = f"{work.bytes / 1e6:.1f} | {work.operations / 1e9:.2f}"
-                lines.append(f"| {shape} | {keys} | {name} | {numbers} | {' | '.join(floors)} |")
-    lines += tiles_table()
-    lines += [
-        "",
-        "Edits of 64 prompts, which move what a copy moves:",
-        "",
+            for batch in BATCHES:
+                rows: dict[str, list[str]] = {"probabilities": [], "values": [], "biased_attention": []}
+                for card in CARDS.values():
+                    sizes = layer.queries, layer.width, layer.heads, keys, torch.float16
+                    (first, one), (second, two) = tiles(card, batch, *sizes)
+                    held = hold(card, batch, layer.queries, layer.heads, layer.head_dim, keys, torch.float16, 2)
+                    for name, config, work, suffix in (
+                        ("probabilities", first, one, ""),
+                        ("values", second, two, ""),
+                        ("biased_attention", held.config, held.work, f" · {held.tiles}"),
+                    ):
+                        moved = f"{work.programs * work.through_l2 / 1e6:.0f}"
+                        rows[name] += [_tile(config) + suffix, str(work.programs), moved, limit(work, card)]
+                for name, cells in rows.items():
+                    shape = f"{layer.model} {layer.queries}×{layer.width}"
+                    lines.append(f"| {shape} | {keys} | {batch} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _tile(config: Config) -> str:
+    return "×".join(str(size) for name, size in config.constants.items() if name != "HEADS" or size > 1)
+
+
+def edits_table() -> list[str]:
+    """Edits of 64 prompts, which move what a copy moves."""
+    lines = [
         f"| operator | MB | {' | '.join(f'{card}, µs' for card in CARDS)} |",
         f"| --- | ---: |{' ---: |' * len(CARDS)}",
     ]
     for width in CONTEXT_WIDTHS.values():
         for operator, tensors in (("edit_embeds", 1), ("edit_kv", 2)):
             work = rows_work(width, tensors)
-            floors = [f"{ceiling.microseconds(work):.1f}" for ceiling in CARDS.values()]
+            floors = [f"{ceiling_of(card.rates).microseconds(work):.1f}" for card in CARDS.values()]
             lines.append(f"| {operator}, width {width} | {work.bytes / 1e6:.1f} | {' | '.join(floors)} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def table() -> str:
+    """The page."""
+    cards = ", ".join(f"{name} ({card.processors} multiprocessors)" for name, card in CARDS.items())
+    return "\n".join(
+        [
+            "# What a cross-attention layer is estimated to take",
+            "",
+            f"float16 on {cards}; microseconds, written by `python benchmarks/model.py`. Nothing here was measured.",
+            "",
+            "A launch takes the largest of four times: bytes through device memory (weights, K and V, A and VO; what",
+            "the kernel before left only where the L2 cache does not hold it), bytes of all tiles through the L2,",
+            f"products of tiles at {EFFICIENCY:.0%} of the tensor cores' published rate with the last round of",
+            f"programs counted whole, and loads that nothing hides ({1e6 * LATENCY:.1f} µs each: two before the main",
+            f"loop, one for three of its turns); and {1e6 * LAUNCH:.0f} µs to be launched. *unfused* is diffusers'",
+            "AttnProcessor2_0: four projections (the best of several tile sizes and splits), torch's attention over 77",
+            "keys, the division by `rescale_output_factor`. *projected* is `biased_attention` between to_q and to_out",
+            "with K and V kept, *absorbed* is `absorbed_attention`, one path for the batch. The block's residual is in",
+            "none. The least is bold.",
+            "",
+            *paths_table(),
+            "",
+            "All cross-attention layers of a UNet, by the fastest path of each, as a share of unfused:",
+            "",
+            *shares_table(),
+            "",
+            "What runs: tile (rows, then channels and heads, or keys and channels; for `biased_attention` rows · tiles",
+            "of a program), programs, MB that they load and store by their tiles, and the largest of the four times.",
+            "",
+            *launches_table(),
+            "",
+            "Edits of 64 prompts, which move what a copy moves:",
+            "",
+            *edits_table(),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .ops import backends
+from .ops.cards import architecture
 from .ops.compiled import Unreadable, read_record
 from .version import __version__
 
@@ -18,7 +19,7 @@ class Info:
     """Versions, how the package was built, and which backends run here.
 
     Attributes:
-        versions: package name → version, or "absent".
+        versions: package name → version, or "absent"; the GPUs and what they are.
         build: what the build wrote down.
         backends: backend → "available", or why it is not.
         failures: what was tried in this process and could not be launched.
@@ -42,7 +43,11 @@ def info() -> Info:
     # Of what is running: metadata may be of another installation.
     versions = {"memkern": __version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {name: _version(name) for name in ("diffusers", "transformers", "triton")}
-    versions["cuda"] = torch.version.cuda or "absent: torch is a CPU build"
+    versions["cuda"] = torch.version.cuda or f"absent: torch is a {'ROCm' if torch.version.hip else 'CPU'} build"
+    if torch.version.hip is not None:
+        versions["rocm"] = f"{torch.version.hip}, for which kernels were compiled but never run"
+    for index in range(torch.cuda.device_count()):
+        versions[f"gpu {index}"] = f"{torch.cuda.get_device_name(index)}, {architecture(index)}"
     states = {name: "; ".join(_against(name)) or "available" for name in backends.BACKENDS if name != "auto"}
     return Info(versions, _build(), states, tuple(backends.failures()))
 

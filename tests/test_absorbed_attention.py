@@ -121,6 +121,16 @@ def test_excluded_keys_are_not_used(target):
 
 
 @pytest.mark.parametrize("target", PRODUCTS)
+def test_a_promise_that_is_kept_changes_nothing(target):
+    x, a, bias, vo, out_bias, residual = sample(2, 9, 16, 2, 11)
+    vo = vo.masked_fill((bias == -math.inf)[:, None, :, None], 0)
+    expected = ops.absorbed_attention(x, a, bias, vo, out_bias, residual, backend="torch")
+    given = [target.put(tensor) for tensor in (x, a, bias, vo, out_bias, residual)]
+    actual = ops.absorbed_attention(*given, zeroed=True, backend=target.backend)
+    torch.testing.assert_close(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("target", PRODUCTS)
 def test_a_row_without_keys_keeps_what_follows(target):
     x, a, bias, vo, out_bias, residual = sample(2, 9, 16, 2, 40)
     bias[0] = -math.inf

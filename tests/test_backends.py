@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,12 +103,40 @@ def test_a_fault_is_raised(gpu, error):
     assert not memkern.info().failures
 
 
+def card(monkeypatch, **properties):
+    """Let torch see one GPU with these properties; a gcnArchName makes it a ROCm build."""
+    monkeypatch.setattr(torch.version, "hip", "7.0" if "gcnArchName" in properties else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+
+
 @pytest.mark.parametrize(
-    ("operator", "expected"), [("edit_embeds", ("cuda", "triton", "torch")), ("biased_attention", ("torch",))]
+    ("properties", "units"),
+    [
+        ({"major": 7, "minor": 5}, False),
+        ({"major": 8, "minor": 0}, True),
+        ({"major": 12, "minor": 1}, True),
+        # ROCm counts capabilities too, from 9.0 for an MI50 that has no matrix units.
+        ({"major": 9, "minor": 0, "gcnArchName": "gfx906:sramecc+:xnack-"}, False),
+        ({"major": 9, "minor": 4, "gcnArchName": "gfx942:sramecc+:xnack-"}, True),
+        ({"major": 10, "minor": 3, "gcnArchName": "gfx1030"}, False),
+        ({"major": 11, "minor": 0, "gcnArchName": "gfx1100"}, True),
+    ],
+    ids=str,
 )
-def test_products_are_left_to_torch_where_triton_has_no_tensor_cores(monkeypatch, operator, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert backends.order(torch.device("cuda"), operator) == expected
+def test_products_are_left_to_torch_where_triton_has_no_matrix_units(monkeypatch, properties, units):
+    card(monkeypatch, **properties)
+    every = ("cuda", "triton", "torch")
+    assert backends.order(torch.device("cuda"), "edit_embeds") == every
+    assert backends.order(torch.device("cuda"), "biased_attention") == (every if units else ("torch",))
+
+
+def test_info_names_the_architecture(monkeypatch):
+    card(monkeypatch, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "AMD Instinct MI300X")
+    versions = memkern.info().versions
+    assert versions["gpu 0"] == "AMD Instinct MI300X, gfx942"
+    assert versions["rocm"] == "7.0, for which kernels were compiled but never run"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -132,6 +161,9 @@ def test_a_cuda_library_that_does_not_load_is_named_with_both_versions(tmp_path,
     library.write_bytes(b"not a library")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert backends.load_cuda(library) == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backends.load_cuda(library).startswith("the compiled CUDA library is not for ROCm, which torch ")
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     expected = f"the compiled CUDA library does not load with torch {torch.__version__} (CUDA 13.0): "
     assert backends.load_cuda(library).startswith(f"{expected}there is no build.json")

@@ -126,6 +126,74 @@ def test_attention_mass_keeps_no_probabilities():
     assert torch.cuda.max_memory_allocated() - before < 2 * 8 * 4096 * 77 * 2 / 4  # a quarter of them in float16
 
 
+def unet_call(tokenizers, dtype=torch.float16):
+    """A patched tiny pipeline on the GPU, and a call of its UNet with a context that it has prepared."""
+    pipe = tiny_pipeline(tokenizers["sd1"]).to("cuda", dtype)
+    memkern.patch(pipe, "zero-pad:0.7")
+    cond, uncond = pipe.encode_prompt("a cat on a mat", torch.device("cuda"), 1, True)
+    context = torch.cat([uncond, cond])
+    torch.manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8).to("cuda", dtype)
+    step = torch.tensor(10, device="cuda")
+    return pipe, lambda: pipe.unet(latents, step, encoder_hidden_states=context).sample, latents
+
+
+@torch.no_grad()
+def test_a_captured_unet_step(tokenizers):
+    """Warmed up, captured, and replayed on other latents: no host sync, and no memory but the graph's."""
+    _, call, latents = unet_call(tokenizers)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    latents.mul_(0.5)
+    graph.replay()
+    same(captured, call())
+
+
+@torch.no_grad()
+def test_reduce_overhead(tokenizers):
+    pipe, call, _ = unet_call(tokenizers)
+    expected = call().clone()
+    pipe.unet.compile(mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = call().clone()
+    same(found, expected)
+
+
+@torch.no_grad()
+def test_steps_on_two_streams(tokenizers):
+    _, call, _ = unet_call(tokenizers)
+    expected = [call() for _ in range(3)][-1]
+    streams, results = [torch.cuda.Stream() for _ in range(2)], []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results.append([call() for _ in range(4)][-1])
+    torch.cuda.synchronize()
+    for result in results:
+        same(result, expected)
+
+
+@torch.no_grad()
+def test_steps_keep_no_memory(tokenizers):
+    _, call, _ = unet_call(tokenizers)
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
 @pytest.mark.parametrize("policy", ["swap-pad-zero-eot", "zero-pad:0.7", "prompt-eot-from-pad", "none"])
 def test_a_patched_pipeline_gives_the_pictures_of_the_cpu(tokenizers, policy):
     latents, embeds = [], []

@@ -18,9 +18,14 @@ from test_absorbed_attention import by_hand, exactly, sample
 from memkern import ops
 from memkern.ops import backends
 from memkern.ops.triton import absorbed_attention as absorbed
+from memkern.ops.triton import attention_mass as mass
+from memkern.ops.triton import biased_attention as biased
+from memkern.ops.triton import resident
+from memkern.ops.triton.absorbing import tiles
 from memkern.ops.triton.configs import Card, family_of, table
-from memkern.ops.triton.launch import power_of_2, split_width
 from memkern.ops.triton.layers import LAYERS, attention_launches
+from memkern.ops.triton.resident import holds
+from memkern.ops.triton.sizes import power_of_2, split_width
 
 interpreter = pytest.mark.interpreter
 needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="needs a process with TRITON_INTERPRET=1")
@@ -39,25 +44,42 @@ def test_head_dims_of_sd_waste_nothing_that_can_be_avoided():
 
 
 @pytest.mark.parametrize(
-    ("capability", "family"),
-    [((7, 5), 75), ((8, 0), 80), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)],
+    ("architecture", "family"),
+    [
+        ("sm_75", "sm75"),
+        ("sm_80", "sm80"),
+        ("sm_87", "sm86"),
+        ("sm_89", "sm89"),
+        ("sm_90", "sm90"),
+        ("sm_103", "sm100"),
+        ("sm_121", "sm120"),
+        ("gfx90a", "gfx90a"),
+        ("gfx942", "gfx942"),
+        ("gfx941", "gfx942"),
+        ("gfx1102", "gfx1100"),
+        ("gfx1200", "gfx1201"),
+    ],
 )
-def test_families(capability, family):
-    assert family_of(capability) == f"sm{family}"
+def test_families(architecture, family):
+    assert family_of(architecture) == family
 
 
 def test_a_card_that_is_newer_or_older_than_the_table_takes_the_nearest():
-    assert family_of((13, 0)) == "sm120"
-    assert family_of((7, 0)) == "sm75"
+    assert family_of("sm_130") == "sm120"
+    assert family_of("sm_70") == "sm75"
+
+
+def test_an_architecture_of_amds_that_is_like_none_of_the_table_is_refused():
+    with pytest.raises(NotImplementedError, match="triton: no configurations for gfx1030"):
+        family_of("gfx1030")
 
 
 @pytest.mark.parametrize("family", list(table()))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_table_serves_every_layer(family, dtype):
-    for processors in (1, 1 << 30):
-        for layer in LAYERS:
-            launches = attention_launches(layer, 77, dtype, Card(processors, table()[family]))
-            assert all(math.prod(launch.grid) > 0 for launch in launches)
+    for layer in LAYERS:
+        launches = attention_launches(layer, 77, dtype, Card.typical(family))
+        assert all(math.prod(launch.grid) > 0 for launch in launches)
 
 
 def test_a_table_of_ones_own_comes_first(tmp_path):
@@ -81,23 +103,34 @@ def test_what_the_table_has_not_is_refused():
         NotImplementedError, match="biased_attention: no configuration for torch.float16 and a width of"
     ):
         card.config("biased_attention", 257, torch.float16)
-    with pytest.raises(NotImplementedError, match="absorbed_attention: no configuration for torch.float32"):
-        card.config("absorbed_attention", 320, torch.float32)
+    with pytest.raises(NotImplementedError, match="resident: no configuration for torch.float32"):
+        card.config("resident", 40, torch.float32)
 
 
-def forms(width, dtype, processors):
-    """The kernels that a card of so many processors would run for one sequence of 33 rows."""
-    x, a, bias, vo, *extras = sample(1, 33, width, 2, 7, dtype)
-    launches = absorbed.plan(x, a, bias, vo, *extras, torch.empty_like(x), Card(processors, table()["sm80"]))
-    return [launch.kernel.__name__ for launch in launches]
+def tile_of(queries, batch, processors, heads=8, keys=80):
+    """Rows and columns of the second kernel's tiles."""
+    _, (config, _) = tiles(Card.like("sm80", processors), batch, queries, 320, heads, keys, torch.float16)
+    return config.constants["BLOCK_M"], config.constants["BLOCK_C"]
 
 
-def test_one_kernel_where_it_fits_and_fills_the_card():
-    two = ["absorbed_probabilities_kernel", "absorbed_values_kernel"]
-    assert forms(320, torch.float16, 2) == ["absorbed_attention_kernel"]
-    assert forms(320, torch.float16, 3) == two
-    assert forms(640, torch.float16, 1) == two
-    assert forms(320, torch.float32, 1) == two
+def test_tiles_are_chosen_to_fill_the_card():
+    """Few rows take small tiles, many rows tall ones that read vo fewer times."""
+    assert math.prod(tile_of(64, 2, 108)) < math.prod(tile_of(4096, 8, 108))
+
+
+def test_heads_that_are_taken_together_divide_all_heads():
+    for heads in (1, 5, 8, 10, 20):
+        (config, work), _ = tiles(Card.typical("sm80"), 2, 1024, 640, heads, 40, torch.float16)
+        assert heads % config.constants["HEADS"] == 0
+        assert work.programs == 2 * 1024 // config.constants["BLOCK_M"] * heads // config.constants["HEADS"]
+
+
+def test_all_keys_are_at_hand_where_they_fit():
+    card = Card.typical("sm80")
+    assert holds(card, 77, 160, torch.float16)
+    assert not holds(card, 154, 64, torch.float16)
+    assert not holds(card, 77, 64, torch.float32)
+    assert not holds(card, 77, 256, torch.float16)
 
 
 def test_many_keys_are_refused():
@@ -106,27 +139,83 @@ def test_many_keys_are_refused():
         absorbed.plan(x, a, bias, vo, *extras, x, Card(1, table()["sm80"]))
 
 
+def interpreted(kernel, **tile):
+    """The interpreter's card with one tile for a kernel, of both element sizes."""
+    entries = [{"bits": bits, "width": None, "num_warps": 4, "num_stages": 1, **tile} for bits in (16, 32)]
+    return Card(1, table()["sm80"] | {kernel: entries})
+
+
 @interpreter
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("processors", [1, 1 << 30], ids=["one kernel", "two kernels"])
-@pytest.mark.parametrize(
-    "shape", [(2, 33, 40, 2, 77), (1, 65, 320, 2, 33), (2, 7, 33, 3, 16), (2, 9, 24, 1, 231)], ids=str
-)
+@pytest.mark.parametrize("several", [1, 2])
 @pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("extras", [False, True])
-def test_both_forms_of_absorbed_attention(dtype, processors, shape, per_head, extras):
+@pytest.mark.parametrize(
+    "shape", [(2, 17, 40, 2, 77), (2, 7, 33, 4, 16), (1, 9, 24, 2, 231), (2, 5, 48, 2, 9)], ids=str
+)
+def test_absorbed_attention_with_heads_taken_together(dtype, several, shape, per_head, monkeypatch):
     """Rows of one batch take the narrow and the wide body: the first has a third of the keys."""
-    arguments = sample(*shape, dtype, per_head, extras)
-    entry = {"bits": 32, "width": None, "BLOCK_M": 16, "BLOCK_C": 32, "PART_C": 64, "num_warps": 4, "num_stages": 1}
-    entries = table()["sm80"]
-    card = Card(processors, entries | {"absorbed_attention": [*entries["absorbed_attention"], entry]})
+    monkeypatch.setattr("memkern.ops.triton.absorbing.MOST_LOGITS", 1 << 30)
+    arguments = sample(*shape, dtype, per_head)
+    card = interpreted("absorbed_probabilities", BLOCK_M=16, BLOCK_C=32, HEADS=several)
     out = torch.full_like(arguments[0], float("nan"))
-    launches = absorbed.plan(*arguments, out, card)
-    assert len(launches) == (1 if processors == 1 else 2)
-    for launch in launches:
+    for launch in absorbed.plan(*arguments, out, card):
         launch.run()
     assert_accurate(out, by_hand(*arguments), exactly(*arguments))
+
+
+@interpreter
+@needs_interpreter
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_absorbed_attention_of_rows_without_keys_and_of_garbage_behind_excluded_ones(zeroed):
+    """The promise is about vo alone: what an excluded key has in a is not used in either case."""
+    x, a, bias, vo, out_bias, residual = sample(3, 9, 24, 2, 20)
+    bias[1] = -math.inf
+    excluded = (bias == -math.inf)[:, None, :, None].expand_as(a)
+    expected = exactly(x, a, bias, vo, out_bias, residual)
+    a, vo = a.masked_fill(excluded, math.nan), vo.masked_fill(excluded, 0 if zeroed else math.nan)
+    out = torch.full_like(x, float("nan"))
+    for launch in absorbed.plan(x, a, bias, vo, out_bias, residual, out, Card.like("sm80", 1), zeroed):
+        launch.run()
+    torch.testing.assert_close(out, expected.float())
+
+
+@interpreter
+@needs_interpreter
+@pytest.mark.parametrize(("width", "keys"), [(5, 1), (40, 77), (64, 33), (80, 128), (160, 40)])
+@pytest.mark.parametrize("tiles_each", [1, 2])
+@pytest.mark.parametrize("views", [False, True])
+def test_attention_with_all_keys_at_hand(width, keys, tiles_each, views, monkeypatch):
+    """float16, on tensors of their own and on views of projections, with excluded keys and a row without any."""
+    torch.manual_seed(4)
+    heads, queries = 2, 35
+    shapes = [(3, length, heads, width) for length in (queries, keys, keys)]
+    q, k, v = (torch.randn(shape).half().transpose(1, 2) for shape in shapes)
+    if not views:
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))
+    bias = torch.randn(3, keys)
+    bias[0, keys // 2 :], bias[1] = -math.inf, -math.inf
+    card = Card(1, {"resident": [{"bits": 16, "width": None, "BLOCK_M": 16, "num_warps": 1, "num_stages": 2}]})
+    monkeypatch.setattr(resident, "TILES", (tiles_each,))
+    monkeypatch.setattr(resident, "MOST_KEY_VALUES", 1 << 30)
+    out = torch.full((3, queries, heads, width), float("nan")).half()
+    launch = biased.plan(q, k, v, bias, width**-0.5, out, card)
+    assert launch.kernel.__name__ == "resident_attention_kernel"
+    assert launch.grid == (3 * heads * -(-queries // (16 * tiles_each)),)
+    launch.run()
+    given = q, k, v, bias, width**-0.5
+    low, high = (ops.biased_attention(*(one.to(kind) if isinstance(one, torch.Tensor) and one is not bias else one
+                 for one in given), backend="torch") for kind in (torch.float16, torch.float64))  # fmt: skip
+    assert_accurate(out.transpose(1, 2), low, high)
+
+    weight, by_query = torch.rand(3, keys), torch.full((3, heads, queries), float("nan"))
+    launch, sums = mass.plan(q, k, bias, weight, width**-0.5, by_query, card)
+    assert launch.kernel.__name__ == "resident_mass_kernel"
+    sums.fill_(float("nan"))
+    launch.run()
+    by_key, chosen = ops.attention_mass(q.double(), k.double(), bias, weight, width**-0.5, backend="torch")
+    torch.testing.assert_close(sums.sum(2) / queries, by_key.float(), atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(by_query, chosen.float(), atol=2e-6, rtol=1e-4)
 
 
 @interpreter

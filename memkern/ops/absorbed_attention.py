@@ -20,6 +20,7 @@ def absorbed_attention(
     out_bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     *,
+    zeroed: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """`out[b] = Σ_h softmax(x[b] a[b, h]ᵀ + bias[b]) vo[b, h] + out_bias + residual[b]`.
@@ -35,6 +36,7 @@ def absorbed_attention(
         vo: `[B, H, n, C]`.
         out_bias: `[C]`, the bias of `to_out`.
         residual: `[B, N, C]`.
+        zeroed: a promise that `vo` is 0 for every excluded key, which saves a pass over it on a GPU in each call.
         backend: one of `BACKENDS`.
 
     Returns:
@@ -53,7 +55,7 @@ def absorbed_attention(
     if residual is not None:
         check_tensor("residual", residual, (batch, queries, width), (x.dtype,), x.device)
     backends.require(backend, "absorbed_attention", x)
-    out: torch.Tensor = _operator(backend, x, a, bias, vo, out_bias, residual)
+    out: torch.Tensor = _operator(backend, x, a, bias, vo, out_bias, residual, zeroed)
     return out
 
 
@@ -64,6 +66,7 @@ def _reference(
     vo: torch.Tensor,
     out_bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    zeroed: bool = False,
 ) -> torch.Tensor:
     total = (_probabilities(x, a, bias) @ without_excluded(vo, bias)).sum(1)
     for extra in (out_bias, residual):
@@ -82,12 +85,13 @@ def _fake(
     vo: torch.Tensor,
     out_bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    zeroed: bool = False,
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, a, bias, vo, out_bias, residual = inputs
+    x, a, bias, vo, out_bias, residual, *_ = inputs
     ctx.save_for_backward(x, a, bias, vo)
     ctx.extras = out_bias is not None, residual is not None
 
@@ -108,15 +112,25 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_vo.to(vo.dtype),
         wide(grad).sum((0, 1)).to(x.dtype) if has_out_bias else None,
         grad if has_residual else None,
+        None,
     )
 
 
-def _on_cpu(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    return (cpu.absorbed_attention if x.dtype in cpu.DTYPES else _reference)(x, *others)
+def _on_cpu(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    bias: torch.Tensor,
+    vo: torch.Tensor,
+    out_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    zeroed: bool = False,
+) -> torch.Tensor:
+    return (cpu.absorbed_attention if x.dtype in cpu.DTYPES else _reference)(x, a, bias, vo, out_bias, residual)
 
 
 _operator = register(
-    "absorbed_attention(Tensor x, Tensor a, Tensor bias, Tensor vo, Tensor? out_bias, Tensor? residual) -> Tensor",
+    "absorbed_attention(Tensor x, Tensor a, Tensor bias, Tensor vo, Tensor? out_bias, Tensor? residual, "
+    "bool zeroed=False) -> Tensor",
     reference=_reference,
     fake=_fake,
     setup_context=_setup_context,

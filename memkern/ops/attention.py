@@ -31,7 +31,12 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def without_excluded(rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`rows` `[B, H, n, D]`, wide, with the rows of excluded keys 0: a NaN there does not survive."""
-    return wide(rows).masked_fill(per_head(bias).mT == -torch.inf, 0)
+    return zero_excluded(wide(rows), bias)
+
+
+def zero_excluded(rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`rows` `[B, H, n, D]` with those of excluded keys 0, for a bias `[B, n]` or `[B, H, n]`."""
+    return rows.masked_fill(per_head(bias).mT == -torch.inf, 0)
 
 
 def probabilities(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .cards import has_matrix_units
 from .compiled import load_cpp, load_cuda
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "torch")
@@ -95,8 +96,8 @@ def order(device: torch.device, operator: str | None = None) -> tuple[str, ...]:
     if device.type != "cuda":
         return ("cpp", "torch") if device.type == "cpu" else ("torch",)
     products = operator in ("biased_attention", "absorbed_attention", "attention_mass")
-    if products and torch.cuda.get_device_capability(device) < (8, 0):
-        return ("torch",)  # Triton has no tensor cores there, torch has.
+    if products and not has_matrix_units(device):
+        return ("torch",)  # Triton has no tensor cores there, torch may.
     return ("cuda", "triton", "torch")
 
 

@@ -102,6 +102,8 @@ def load_cuda(library: Path = FOLDER / "_cuda.abi3.so") -> str | None:
         return ABSENT.format("CUDA")
     if stale := _stale(library.parent):
         return f"the compiled CUDA library {stale}"
+    if torch.version.hip is not None:
+        return f"the compiled CUDA library is not for ROCm, which torch {torch.__version__} is built for"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     here = f"torch {torch.__version__} (CUDA {torch.version.cuda})"

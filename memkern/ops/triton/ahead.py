@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -16,16 +17,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .configs import Card
 from .launch import Launch
-from .listing import products, waiting_loads
+from .listing import products, register_loads, waiting_loads, wanted_products
+from .sizes import up
 
-SHARED_LIMITS = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Shared memory that one block may use, in bytes, by compute capability (CUDA programming guide)."""
+SHARED_LIMITS = {
+    "sm75": 65536, "sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm100": 232448, "sm120": 101376,
+    "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840, "gfx1100": 65536, "gfx1201": 65536,
+}  # fmt: skip
+"""Shared memory (AMD: LDS) that one block may use, in bytes (CUDA programming guide; LLVM's AMDGPU usage)."""
 
-PROCESSOR_SHARED = {75: 65536, 80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
+PROCESSOR_SHARED = {
+    "sm75": 65536, "sm80": 167936, "sm86": 102400, "sm89": 102400, "sm90": 233472, "sm100": 233472, "sm120": 102400,
+}  # fmt: skip
 """Shared memory of a multiprocessor in bytes; each block takes 1024 of it beside its own."""
 
-PROCESSOR_WARPS = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+PROCESSOR_WARPS = {"sm75": 32, "sm80": 64, "sm86": 48, "sm89": 48, "sm90": 64, "sm100": 64, "sm120": 48}
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -44,7 +52,7 @@ class Usage:
     """What a compiled kernel takes of a multiprocessor.
 
     Attributes:
-        registers: per thread.
+        registers: per thread; on AMD vector registers.
         stack: local memory per thread in bytes; more than 0 means that registers spill.
         shared: bytes per block.
     """
@@ -53,51 +61,71 @@ class Usage:
     stack: int
     shared: int
 
-    def blocks(self, capability: int, warps: int) -> int:
-        """Blocks that one multiprocessor holds at a time, by registers, shared memory and warps."""
-        by_registers = 65536 // (warps * 32 * 8 * -(-self.registers // 8))
-        by_shared = PROCESSOR_SHARED[capability] // (self.shared + 1024)
-        return max(0, min(by_registers, by_shared, PROCESSOR_WARPS[capability] // warps))
+    def blocks(self, family: str, warps: int) -> int:
+        """Blocks that one multiprocessor of NVIDIA's holds at a time, by registers, shared memory and warps."""
+        by_registers = 65536 // (warps * 32 * up(self.registers, 8))
+        by_shared = PROCESSOR_SHARED[family] // (self.shared + 1024)
+        return max(0, min(by_registers, by_shared, PROCESSOR_WARPS[family] // warps))
 
 
 @dataclass(frozen=True)
 class Review:
-    """What the code of a compiled kernel says beyond what it takes.
+    """What a compiled launch says of itself beyond what it takes.
 
     Attributes:
         usage: what it takes.
-        products: multiply-adds that a block issues to tensor cores, the body of a loop counted once.
+        redundancy: products that a block issues to tensor cores, of those that its tiles ask for.
         waiting: loads into registers in a loop that has such products.
         blocks: of it on one multiprocessor at a time.
+        waves: times that all multiprocessors are filled with its programs.
+        through_l2: bytes that its programs load and store by their tiles; None for a launch that was not estimated.
     """
 
     usage: Usage
-    products: int
+    redundancy: float
     waiting: int
     blocks: int
+    waves: float
+    through_l2: float | None
 
 
-def compile_ahead(launch: Launch, capability: int) -> Usage:
-    """Compile `launch` for compute capability `capability`, 80 for 8.0. No GPU is needed."""
-    return _usage(_compiled(launch, capability))
+def compile_ahead(launch: Launch, family: str) -> Usage:
+    """Compile `launch` for a family of cards, "sm80" or "gfx942". No GPU is needed."""
+    return _usage(_compiled(launch, family), family)
 
 
-def review(launch: Launch, capability: int) -> Review:
-    """Compile `launch` as `compile_ahead` does, and read its code as well.
+def review(launch: Launch, card: Card) -> Review:
+    """Compile `launch` as `compile_ahead` does for a card of NVIDIA's, and read its code as well.
 
     Products are those of `mma` and `wgmma`; of compute capability 10.0, whose products are `tcgen05`, none is counted.
     """
-    compiled = _compiled(launch, capability)
-    usage, warps = _usage(compiled), compiled.metadata.num_warps
+    compiled = _compiled(launch, card.family)
+    usage, warps = _usage(compiled, card.family), compiled.metadata.num_warps
     with _cubin(compiled) as path:
-        waiting = waiting_loads(_run("cuobjdump", "-sass", path))
-    return Review(usage, products(compiled.asm["ptx"], warps), waiting, usage.blocks(capability, warps))
+        waiting = max(register_loads(compiled.asm["ttgir"]), waiting_loads(_run("cuobjdump", "-sass", path)))
+    wanted, blocks = wanted_products(compiled.asm["ttir"]), usage.blocks(card.family, warps)
+    work = launch.work
+    return Review(
+        usage,
+        products(compiled.asm["ptx"], warps) / wanted if wanted else 1.0,
+        waiting,
+        blocks,
+        math.prod(launch.grid) / (card.processors * max(1, blocks)),
+        None if work is None else work.programs * work.through_l2,
+    )
 
 
-def _compiled(launch: Launch, capability: int) -> Any:
+def target_of(family: str) -> GPUTarget:
+    """What Triton compiles for."""
+    if family.startswith("sm"):
+        return GPUTarget("cuda", int(family[2:]), 32)
+    return GPUTarget("hip", family, 64 if family.startswith("gfx9") else 32)
+
+
+def _compiled(launch: Launch, family: str) -> Any:
     signature, constants, attributes = specialization(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    return triton.compile(source, target=target_of(family), options=dict(launch.options))
 
 
 def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
@@ -125,13 +153,19 @@ def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict
     return signature, constants, attributes
 
 
-def _usage(compiled: Any) -> Usage:
+def _usage(compiled: Any, family: str) -> Usage:
+    if not family.startswith("sm"):
+        found = {
+            name: int(value)
+            for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"])
+        }
+        return Usage(found["vgpr_count"], found["private_segment_fixed_size"], compiled.metadata.shared)
     with _cubin(compiled) as path:
         report = _run("cuobjdump", "-res-usage", path)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    if found is None:
+    taken = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if taken is None:
         raise RuntimeError(f"cuobjdump: expected REG and STACK, got {report!r}")
-    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared)
+    return Usage(int(taken[1]), int(taken[2]), compiled.metadata.shared)
 
 
 @contextmanager

@@ -1,12 +1,16 @@
-"""`biased_attention` in Triton: softmax(q kᵀ · scale + bias) v, one program per BLOCK_M queries of a head."""
+"""`biased_attention` in Triton: softmax(q kᵀ · scale + bias) v, one program per tiles of queries of a head."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from . import resident
 from .configs import Card
-from .kernels.biased_attention import biased_attention_kernel
-from .launch import Launch, cdiv, dense, power_of_2, split_width
+from .kernels.biased_attention import biased_attention_kernel, resident_attention_kernel
+from .launch import Launch, dense
+from .sizes import cdiv, power_of_2, split_width
 
 
 def biased_attention(
@@ -28,21 +32,28 @@ def plan(
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     bias = bias if bias.dim() == 3 else bias.unsqueeze(1).expand(batch, heads, keys)
+    strides, unit = resident.strides(q=q, k=k, v=v)
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "bias": bias, "out": out, "scale": float(scale)}
+    arguments |= {"bias_batch": bias.stride(0), "bias_head": bias.stride(1), "bias_key": bias.stride(2)}
+    arguments |= {"queries": queries, "keys": keys, "heads": heads, **strides}
+    if resident.holds(card, keys, width, q.dtype):
+        held = resident.hold(card, batch, queries, heads, width, keys, q.dtype, 2)
+        return Launch(
+            resident_attention_kernel,
+            (batch * heads * held.programs,),
+            arguments | {"groups": held.programs, "tiles": held.tiles},
+            held.constants(width, keys) | unit,
+            held.config.options,
+            held.work,
+        )
     config = card.config("biased_attention", width, q.dtype)
     tiles = cdiv(queries, config.constants["BLOCK_M"])
-    arguments: dict[str, torch.Tensor | int] = {"q": q, "k": k, "v": v, "bias": bias, "out": out}
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        arguments |= {
-            f"{name}_batch": tensor.stride(0),
-            f"{name}_head": tensor.stride(1),
-            f"{name}_row": tensor.stride(2),
-        }
-    arguments |= {"bias_batch": bias.stride(0), "bias_head": bias.stride(1), "bias_key": bias.stride(2)}
     parts = split_width(width, config.constants["PART_D"])
+    constants = {"D": width, "D_PARTS": parts, "EVEN": sum(parts) == width, "KEYS": power_of_2(keys)}
     return Launch(
         biased_attention_kernel,
         (batch * heads * tiles,),
-        arguments | {"queries": queries, "keys": keys, "heads": heads, "tiles": tiles, "scale": float(scale)},
-        {"D": width, "D_PARTS": parts, "EVEN": sum(parts) == width, "KEYS": power_of_2(keys), **config.blocks},
+        arguments | {"tiles": tiles},
+        constants | unit | config.blocks,
         config.options,
     )

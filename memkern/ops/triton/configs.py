@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..cards import architecture
+from .cost import FAMILIES, Rates, Work
 
 Entry = dict[str, Any]
 
@@ -34,41 +38,105 @@ class Config:
         return {name: size for name, size in self.constants.items() if name.startswith("BLOCK")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Card:
     """A GPU as far as launches depend on it.
 
     Attributes:
         processors: streaming multiprocessors, which a launch should fill.
         entries: kernel → its part of the table for the card's family.
+        family: the table's name for it.
     """
 
     processors: int
     entries: dict[str, list[Entry]]
+    family: str = "sm80"
 
     @classmethod
     def of(cls, device: torch.device) -> Card:
         """The card that `device` is; for the CPU, which interprets, the plainest of the table."""
-        return _of_gpu(device) if device.type == "cuda" else cls(1, table()["sm80"])
+        return _of_gpu(device) if device.type == "cuda" else cls.like("sm80", 1)
+
+    @classmethod
+    def like(cls, family: str, processors: int) -> Card:
+        """A card of a family of the table."""
+        return cls(processors, table()[family], family)
+
+    @classmethod
+    def typical(cls, family: str) -> Card:
+        """The card of a family that its rates are of."""
+        return cls.like(family, FAMILIES[family].processors)
+
+    @property
+    def rates(self) -> Rates:
+        """What such a card does per second."""
+        return FAMILIES[self.family]
+
+    def serves(self, kernel: str, width: int, dtype: torch.dtype) -> bool:
+        """Whether there is a configuration."""
+        return any(_fits(entry, width, dtype) for entry in self.entries.get(kernel, ()))
 
     def config(self, kernel: str, width: int, dtype: torch.dtype) -> Config:
-        """The first entry of this element size whose width is not exceeded.
+        """The first of `configs`."""
+        return self.configs(kernel, width, dtype)[0]
+
+    def configs(self, kernel: str, width: int, dtype: torch.dtype) -> list[Config]:
+        """The first entry of this element size whose width is not exceeded, and all others for that width.
 
         Raises:
             NotImplementedError: there is none.
         """
+        found: list[Entry] = []
         for entry in self.entries.get(kernel, ()):
-            if entry["bits"] == 8 * dtype.itemsize and (entry["width"] is None or width <= entry["width"]):
-                constants = {name: entry[name] for name in entry if name not in (*_OPTIONS, *_CONDITIONS)}
-                return Config(constants, {name: entry[name] for name in _OPTIONS})
-        raise NotImplementedError(f"{kernel}: no configuration for {dtype} and a width of {width}")
+            if _fits(entry, width, dtype) and (not found or entry["width"] == found[0]["width"]):
+                found.append(entry)
+        if not found:
+            raise NotImplementedError(f"{kernel}: no configuration for {dtype} and a width of {width}")
+        return [
+            Config(
+                {name: entry[name] for name in entry if name not in (*_OPTIONS, *_CONDITIONS)},
+                {name: entry[name] for name in _OPTIONS},
+            )
+            for entry in found
+        ]
+
+    def fastest(
+        self, kernel: str, width: int, dtype: torch.dtype, work: Callable[[Config], Work | None]
+    ) -> tuple[Config, Work]:
+        """The configuration that is estimated to take the least time for the work that it makes, of those that can.
+
+        Raises:
+            NotImplementedError: none can.
+        """
+        made = ((config, work(config)) for config in self.configs(kernel, width, dtype))
+        found = [(config, one) for config, one in made if one is not None]
+        if not found:
+            raise NotImplementedError(f"{kernel}: no configuration can for {dtype} and a width of {width}")
+        return min(found, key=lambda pair: pair[1].seconds(self.processors, self.rates))
 
 
-def family_of(capability: tuple[int, int]) -> str:
-    """The table's family for a compute capability: the newest that is not newer, of the same generation if any."""
-    known = sorted((int(name[2:]) for name in table()), reverse=True)
-    older = [family for family in known if family <= 10 * capability[0] + capability[1]]
-    same = [family for family in older if family // 10 == capability[0]]
+def _fits(entry: Entry, width: int, dtype: torch.dtype) -> bool:
+    return entry["bits"] == 8 * dtype.itemsize and (entry["width"] is None or width <= entry["width"])
+
+
+def family_of(name: str) -> str:
+    """The table's family for an architecture, "sm_90" or "gfx942".
+
+    For NVIDIA the newest that is not newer, of the same generation if any; for AMD one of the same generation.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    if name.startswith("gfx"):
+        # gfx1101 is like gfx1100, gfx940 like gfx942: the last one or two digits are steps within a generation.
+        alike = [other for other in table() if other[:5] == name[:5] and len(other) == len(name)]
+        if not alike:
+            raise NotImplementedError(f"triton: no configurations for {name}")
+        return name if name in alike else alike[0]
+    number = int(name.removeprefix("sm_"))
+    known = sorted((int(other[2:]) for other in table() if other.startswith("sm")), reverse=True)
+    older = [family for family in known if family <= number]
+    same = [family for family in older if family // 10 == number // 10]
     return f"sm{(same or older or known[-1:])[0]}"
 
 
@@ -82,5 +150,5 @@ def table() -> dict[str, dict[str, list[Entry]]]:
 
 @functools.cache
 def _of_gpu(device: torch.device) -> Card:
-    properties = torch.cuda.get_device_properties(device)
-    return Card(properties.multi_processor_count, table()[family_of((properties.major, properties.minor))])
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Card.like(family_of(architecture(device)), processors)

@@ -6,7 +6,8 @@ import torch
 
 from .configs import Card
 from .kernels.edit_embeds import edit_embeds_kernel
-from .launch import Launch, cdiv, dense
+from .launch import Launch, dense
+from .sizes import cdiv
 
 
 def edit_embeds(

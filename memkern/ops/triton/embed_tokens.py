@@ -7,7 +7,8 @@ import torch
 from ...roles import Role
 from .configs import Card
 from .kernels.embed_tokens import embed_tokens_kernel
-from .launch import Launch, cdiv, dense
+from .launch import Launch, dense
+from .sizes import cdiv
 
 
 def embed_tokens(

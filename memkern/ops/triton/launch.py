@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .cost import Work
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -19,6 +21,7 @@ class Launch:
         arguments: what is passed at run time, by name; None for a tensor that is not there.
         constants: what the kernel is compiled for, by name.
         options: `num_warps` and `num_stages`.
+        work: what its time is estimated from, where that was asked.
     """
 
     kernel: Any
@@ -26,6 +29,7 @@ class Launch:
     arguments: Mapping[str, torch.Tensor | int | float | None]
     constants: Mapping[str, Any]
     options: Mapping[str, int]
+    work: Work | None = None
 
     def run(self) -> None:
         """Launch on the current stream of the current device."""
@@ -46,25 +50,3 @@ class Launch:
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dimension is dense, else a contiguous copy."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def cdiv(size: int, block: int) -> int:
-    """Blocks that cover `size`."""
-    return -(-size // block)
-
-
-def power_of_2(size: int) -> int:
-    """The least power of 2 that is not below `size`, and at least 1."""
-    return 1 << max(0, size - 1).bit_length()
-
-
-def split_width(size: int, largest: int = 256) -> tuple[int, ...]:
-    """Powers of 2, `largest` at most, that cover `size` up to the next multiple of 16.
-
-    Triton's blocks are powers of 2, widths are not: 40 → (32, 16), 77 → (64, 16), 320 → (256, 64).
-    """
-    left, parts = 16 * cdiv(max(size, 1), 16), []
-    while left:
-        parts.append(min(largest, 1 << (left.bit_length() - 1)))
-        left -= parts[-1]
-    return tuple(parts)

@@ -56,36 +56,44 @@ KEYS = (77, 33)
 """Keys of an unedited context, and of a 10-token prompt under zero-pad:0.7."""
 
 BATCH = 2
+"""The prompt and its negative."""
 
 
-def attention_launches(layer: Layer, keys: int, dtype: torch.dtype, card: Card) -> list[Launch]:
-    """`biased_attention` and `absorbed_attention` of one layer, for the prompt and its negative."""
-    biased = biased_launch(layer.queries, layer.heads, layer.head_dim, keys, dtype, card)
-    return [biased, *absorbed_launches(layer.queries, layer.width, layer.heads, keys, dtype, card)]
+def attention_launches(layer: Layer, keys: int, dtype: torch.dtype, card: Card, batch: int = BATCH) -> list[Launch]:
+    """`biased_attention`, `attention_mass` and the kernels of `absorbed_attention` of one layer."""
+    heads = layer.queries, layer.heads, layer.head_dim, keys, dtype, card, batch
+    absorbed = absorbed_launches(layer.queries, layer.width, layer.heads, keys, dtype, card, batch)
+    return [biased_launch(*heads), mass_launch(*heads), *absorbed]
 
 
-def biased_launch(queries: int, heads: int, head_dim: int, keys: int, dtype: torch.dtype, card: Card) -> Launch:
+def biased_launch(
+    queries: int, heads: int, head_dim: int, keys: int, dtype: torch.dtype, card: Card, batch: int = BATCH
+) -> Launch:
     """`biased_attention` on projections that are views of `[B, N, C]`, as a processor makes them."""
-    q = _meta(BATCH, queries, heads, head_dim, dtype=dtype)
-    k = _meta(BATCH, keys, heads, head_dim, dtype=dtype).transpose(1, 2)
-    bias = _meta(BATCH, keys, dtype=torch.float32)
+    q = _meta(batch, queries, heads, head_dim, dtype=dtype)
+    k = _meta(batch, keys, heads, head_dim, dtype=dtype).transpose(1, 2)
+    bias = _meta(batch, keys, dtype=torch.float32)
     return biased_attention.plan(q.transpose(1, 2), k, k, bias, head_dim**-0.5, q, card)
 
 
-def mass_launch(queries: int, heads: int, head_dim: int, keys: int, dtype: torch.dtype, card: Card) -> Launch:
+def mass_launch(
+    queries: int, heads: int, head_dim: int, keys: int, dtype: torch.dtype, card: Card, batch: int = BATCH
+) -> Launch:
     """`attention_mass` on such projections."""
-    q = _meta(BATCH, queries, heads, head_dim, dtype=dtype).transpose(1, 2)
-    k = _meta(BATCH, keys, heads, head_dim, dtype=dtype).transpose(1, 2)
-    bias, by_query = _meta(BATCH, keys, dtype=torch.float32), _meta(BATCH, heads, queries, dtype=torch.float32)
-    return attention_mass.plan(q, k, bias, bias, head_dim**-0.5, by_query, card)
+    q = _meta(batch, queries, heads, head_dim, dtype=dtype).transpose(1, 2)
+    k = _meta(batch, keys, heads, head_dim, dtype=dtype).transpose(1, 2)
+    bias, by_query = _meta(batch, keys, dtype=torch.float32), _meta(batch, heads, queries, dtype=torch.float32)
+    return attention_mass.plan(q, k, bias, bias, head_dim**-0.5, by_query, card)[0]
 
 
-def absorbed_launches(queries: int, width: int, heads: int, keys: int, dtype: torch.dtype, card: Card) -> list[Launch]:
+def absorbed_launches(
+    queries: int, width: int, heads: int, keys: int, dtype: torch.dtype, card: Card, batch: int = BATCH
+) -> list[Launch]:
     """`absorbed_attention` with all that may follow the heads."""
-    x = _meta(BATCH, queries, width, dtype=dtype)
-    a = _meta(BATCH, heads, keys, width, dtype=dtype)
-    bias = _meta(BATCH, keys, dtype=torch.float32)
-    return absorbed_attention.plan(x, a, bias, a, _meta(width, dtype=dtype), x, x, card)
+    x = _meta(batch, queries, width, dtype=dtype)
+    a = _meta(batch, heads, keys, width, dtype=dtype)
+    bias = _meta(batch, keys, dtype=torch.float32)
+    return absorbed_attention.plan(x, a, bias, a, _meta(width, dtype=dtype), x, x, card, zeroed=True)
 
 
 def row_launches(width: int, dtype: torch.dtype, card: Card) -> list[Launch]:

@@ -1,12 +1,21 @@
-"""What a compiled kernel's own code says: products that it issues, and loads that its main loop waits for."""
+"""What a compiled kernel's own code says: products asked for and issued, and loads that its main loop waits for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import networkx
 
 _PRODUCTS = re.compile(r"m(\d+)n(\d+)k(\d+)\S*\.(?:f16|bf16)\.(?:f16|bf16)")
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+def wanted_products(ttir: str) -> int:
+    """Multiply-adds of all products in a listing of Triton's own code, each counted once, for a whole block."""
+    return sum(int(m) * int(k) * int(n) for m, k, n in _DOT.findall(ttir))
 
 
 def products(ptx: str, warps: int) -> int:
@@ -28,28 +37,76 @@ def products(ptx: str, warps: int) -> int:
     return total
 
 
-def waiting_loads(sass: str) -> int:
-    """Loads from device memory into registers (LDG) that stand in a loop with tensor-core products.
+def register_loads(ttgir: str) -> int:
+    """The loads into registers that stand in a loop with products, in Triton's code after its loops are pipelined.
 
-    What such a loop streams should come by LDGSTS (cp.async) or UTMALDG (TMA), which nothing waits for at once.
+    What such a loop streams should come by cp.async or TMA, which are other operations. Here a loop is whole, even if
+    the machine code has it unrolled.
     """
-    code = list(_instructions(sass))
-    most = 0
-    for body in _loops(code):
-        if any(name.startswith(("HMMA", "HGMMA", "UTCHMMA")) for name in body):
-            most = max(most, sum(name.split(".")[0] == "LDG" for name in body))
+    most, loops = 0, list[tuple[bool, int, int]]()  # for each open brace: of a loop, loads and products within
+    for line in ttgir.splitlines():
+        text = line.strip()
+        if text.startswith("}") and loops:
+            is_loop, loads, dots = loops.pop()
+            if is_loop and dots:
+                most = max(most, loads)
+            elif loops:
+                outer = loops[-1]
+                loops[-1] = outer[0], outer[1] + loads, outer[2] + dots
+        if loops:
+            is_loop, loads, dots = loops[-1]
+            loads += " = tt.load " in text
+            dots += " = tt.dot " in text or "warp_group_dot " in text or "tc_gen5_mma " in text
+            loops[-1] = is_loop, loads, dots
+        if text.endswith("{"):
+            loops.append(("scf.for" in text or "scf.while" in text, 0, 0))
     return most
 
 
-def _instructions(sass: str) -> Iterator[tuple[int, str, str]]:
-    for address, name, operands in _INSTRUCTION.findall(sass):
-        yield int(address, 16), name, operands
+class _Instruction(NamedTuple):
+    address: int
+    always: bool
+    name: str
+    operands: str
 
 
-def _loops(code: list[tuple[int, str, str]]) -> Iterator[list[str]]:
-    """Names of the instructions of each loop: from the target of a branch back to the branch."""
-    for address, name, operands in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip())
-        if name.split(".")[0] == "BRA" and target is not None and int(target[1], 16) < address:
-            start = int(target[1], 16)
-            yield [other for at, other, _ in code if start <= at <= address]
+def waiting_loads(sass: str) -> int:
+    """Loads from device memory into registers (LDG) in a loop of the machine code that has tensor-core products."""
+    code = list(_instructions(sass))
+    most = 0
+    for body in _loops(code):
+        names = [code[index].name for index in body]
+        if any(name.startswith(("HMMA", "HGMMA", "UTCHMMA")) for name in names):
+            most = max(most, sum(name.split(".")[0] == "LDG" for name in names))
+    return most
+
+
+def _instructions(sass: str) -> Iterator[_Instruction]:
+    for address, predicate, name, operands in _INSTRUCTION.findall(sass):
+        yield _Instruction(int(address, 16), not predicate, name, operands)
+
+
+def _loops(code: list[_Instruction]) -> Iterator[list[int]]:
+    """Indices of the instructions of each loop: those that can be reached from each other.
+
+    A jump back alone makes none: a branch's body may lie behind what follows it.
+    """
+    graph = networkx.DiGraph(_following(code))
+    return (sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1)
+
+
+def _following(code: list[_Instruction]) -> dict[int, list[int]]:
+    """Index of each instruction → the indices of those that may come next."""
+    index_of = {instruction.address: index for index, instruction in enumerate(code)}
+    following = {}
+    for index, instruction in enumerate(code):
+        kind = instruction.name.split(".")[0]
+        target = re.search(r"0x([0-9a-f]+)\s*$", instruction.operands.strip())
+        next_ones = []
+        conditional = not instruction.always or re.search(r"\bU?P\d", instruction.operands) is not None
+        if (kind not in ("BRA", "EXIT", "RET") or conditional) and index + 1 < len(code):
+            next_ones.append(index + 1)
+        if kind == "BRA" and target is not None and int(target[1], 16) in index_of:
+            next_ones.append(index_of[int(target[1], 16)])
+        following[index] = next_ones
+    return following

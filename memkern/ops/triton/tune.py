@@ -8,6 +8,7 @@ budget, no stack and shared memory within the limit; candidates stand in the ord
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -18,90 +19,122 @@ from pathlib import Path
 
 import torch
 
-from .ahead import SHARED_LIMITS, compile_ahead
+from ..cards import architecture
+from .ahead import SHARED_LIMITS, compile_ahead, review
 from .configs import Card, Entry, family_of, table
 from .launch import Launch
-from .layers import KEYS, LAYERS, absorbed_launches, biased_launch, row_launches
+from .layers import KEYS, LAYERS, absorbed_launches, biased_launch, mass_launch, row_launches
+
+MOST_REDUNDANCY = 1.05
 
 HEAD_DIMS = (8, 40, 64, 80, 128, 160, 256)
 
 
 @dataclass(frozen=True)
 class Place:
-    """One place of the table, and what may stand there, by what should be fastest."""
+    """One place of the table, and what may stand there, by what should be fastest.
+
+    Attributes:
+        holds: how many of those that fit stand there; a launch takes what its sizes make the fastest of them.
+    """
 
     kernel: str
     candidates: list[Entry]
+    holds: int = 1
 
 
-def place(kernel: str, bits: int, width: int | None, names: str, *sizes: tuple[int, ...]) -> Place:
+def place(kernel: str, bits: int, width: int | None, names: str, *sizes: tuple[int, ...], holds: int = 1) -> Place:
     """The place for elements of `bits` and a width up to `width`, with `sizes` for `names`, warps and stages."""
     condition = {"bits": bits, "width": width}
     names_of_sizes = (*names.split(), "num_warps", "num_stages")
-    return Place(kernel, [condition | dict(zip(names_of_sizes, size, strict=True)) for size in sizes])
+    return Place(kernel, [condition | dict(zip(names_of_sizes, size, strict=True)) for size in sizes], holds)
 
 
 # Without tensor cores (float32, and compute capability 7.5) an operand's whole depth is in registers.
-_SMALL = ((32, 16, 64, 4, 1), (16, 16, 64, 4, 1), (16, 16, 32, 4, 1), (16, 16, 32, 8, 1))
+_SMALL = ((32, 16, 64, 4, 1), (16, 16, 64, 4, 1), (16, 16, 32, 4, 1), (16, 16, 32, 8, 1), (16, 16, 16, 8, 1))
+_TALL = ((64, 16, 256, 4, 2), (64, 16, 256, 4, 1), (32, 16, 256, 2, 1), (32, 16, 64, 2, 1), (16, 16, 64, 1, 1))
+_RESIDENT = ((64, 4, 2), (32, 2, 2), (64, 8, 2), (32, 4, 2), (16, 1, 2), (16, 2, 2))
 PLACES = (
     place("edit_rows", 16, None, "BLOCK_ROWS BLOCK_COLUMNS", (2, 1024, 4, 1)),
     place("edit_rows", 32, None, "BLOCK_ROWS BLOCK_COLUMNS", (2, 512, 4, 1)),
     place("biased_attention", 16, 64, "BLOCK_M BLOCK_N PART_D", (64, 32, 256, 4, 2), (64, 16, 256, 4, 2), *_SMALL),
     place("biased_attention", 16, 128, "BLOCK_M BLOCK_N PART_D", (64, 32, 256, 4, 2), (64, 16, 256, 4, 2), *_SMALL),
-    place("biased_attention", 16, 256, "BLOCK_M BLOCK_N PART_D", (64, 16, 256, 4, 2), (64, 16, 256, 8, 2), *_SMALL),
+    place("biased_attention", 16, 256, "BLOCK_M BLOCK_N PART_D", *_TALL, *_SMALL),
     place("biased_attention", 32, 64, "BLOCK_M BLOCK_N PART_D", *_SMALL),
     place("biased_attention", 32, 128, "BLOCK_M BLOCK_N PART_D", *_SMALL),
     place("biased_attention", 32, 256, "BLOCK_M BLOCK_N PART_D", *_SMALL),
+    place("resident", 16, 64, "BLOCK_M", *_RESIDENT, holds=2),
+    place("resident", 16, 80, "BLOCK_M", *_RESIDENT, holds=2),
+    place("resident", 16, 128, "BLOCK_M", *_RESIDENT, holds=2),
+    place("resident", 16, 160, "BLOCK_M", *_RESIDENT, holds=2),
+    # A block of one warp per 16 rows issues no product twice.
     place(
-        "absorbed_attention", 16, 320, "BLOCK_M BLOCK_C PART_C", (64, 32, 64, 8, 2), (32, 32, 64, 8, 2),
-        (32, 32, 256, 8, 2),
-    ),
-    # Layers of up to 640 channels have rows enough for tall tiles, which load A and VO fewer times.
-    place("absorbed_probabilities", 16, 640, "BLOCK_M BLOCK_C", (128, 64, 8, 3), (64, 64, 4, 3), (16, 32, 4, 1)),
-    place("absorbed_probabilities", 16, None, "BLOCK_M BLOCK_C", (64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 1)),
-    place("absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C", (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
-    place(
-        "absorbed_values", 16, 640, "BLOCK_M BLOCK_N BLOCK_C", (128, 32, 64, 8, 3), (128, 16, 64, 8, 3),
-        (64, 16, 64, 4, 3), (32, 16, 64, 4, 1), (16, 16, 64, 4, 1),
+        "absorbed_probabilities", 16, None, "BLOCK_M BLOCK_C HEADS", (128, 64, 4, 8, 3), (128, 64, 2, 8, 3),
+        (128, 64, 1, 4, 3), (128, 64, 1, 8, 3), (64, 64, 4, 4, 3), (64, 64, 2, 4, 3), (64, 64, 1, 4, 3),
+        (32, 64, 1, 2, 3), (64, 64, 1, 4, 2), (32, 32, 1, 2, 2), (16, 32, 1, 4, 1), holds=8,
     ),
     place(
-        "absorbed_values", 16, None, "BLOCK_M BLOCK_N BLOCK_C", (64, 32, 64, 4, 3), (64, 16, 64, 4, 3),
-        (32, 16, 64, 4, 1), (16, 16, 64, 4, 1),
+        "absorbed_probabilities", 32, None, "BLOCK_M BLOCK_C HEADS", (32, 32, 1, 4, 2), (32, 32, 1, 8, 2),
+        (16, 32, 1, 4, 1), (16, 16, 1, 4, 1),
     ),
-    place("absorbed_values", 32, None, "BLOCK_M BLOCK_N BLOCK_C", (32, 16, 64, 4, 2), (16, 16, 32, 4, 1)),
+    place(
+        "absorbed_values", 16, None, "BLOCK_M BLOCK_K BLOCK_C", (128, 64, 128, 8, 3), (128, 64, 64, 4, 3),
+        (64, 64, 64, 4, 3), (32, 64, 64, 2, 3), (64, 32, 64, 4, 2), (16, 16, 64, 4, 1), holds=4,
+    ),
+    place("absorbed_values", 32, None, "BLOCK_M BLOCK_K BLOCK_C", (32, 16, 64, 4, 2), (16, 16, 32, 4, 1)),
 )  # fmt: skip
 
 
 def served(kernel: str, entry: Entry, card: Card) -> Iterator[Launch]:
-    """The launches that an entry has to serve, on the meta device; `card` has it in its table."""
-    width = entry["width"]
-    for dtype in (torch.float16, torch.bfloat16) if entry["bits"] == 16 else (torch.float32,):
-        if kernel == "edit_rows":
-            yield from row_launches(768, dtype, card)
-        elif kernel == "biased_attention":
-            for head_dim, keys in itertools.product(HEAD_DIMS, KEYS):
-                if head_dim <= width and (width == 64 or 2 * head_dim > width):
-                    yield biased_launch(1024, 8, head_dim, keys, dtype, card)
-        else:
-            for layer_width, keys in itertools.product(sorted({layer.width for layer in LAYERS}), KEYS):
-                if width is None or layer_width <= width:
-                    yield from absorbed_launches(1024, layer_width, 8, keys, dtype, card)
+    """The launches that an entry has to serve, on the meta device; `card` has it in its table.
+
+    bfloat16 takes what float16 takes.
+    """
+    width, dtype = entry["width"], {16: torch.float16, 32: torch.float32}[entry["bits"]]
+    if kernel == "edit_rows":
+        yield from row_launches(768, dtype, card)
+    elif kernel in ("biased_attention", "resident"):
+        widths = {place.candidates[0]["width"] for place in PLACES if place.kernel == kernel}
+        narrower = max((other for other in widths if other < width), default=0)
+        for head_dim, keys in itertools.product(HEAD_DIMS, KEYS):
+            if narrower < head_dim <= width:
+                yield biased_launch(1024, 8, head_dim, keys, dtype, card)
+                yield mass_launch(1024, 8, head_dim, keys, dtype, card)
+    else:
+        for layer_width, keys in itertools.product(sorted({layer.width for layer in LAYERS}), KEYS):
+            with contextlib.suppress(NotImplementedError):  # several heads' keys may be too many for it
+                yield from absorbed_launches(1024, layer_width, 8, keys, dtype, card)
 
 
 def with_entry(kernel: str, entry: Entry, family: str) -> Card:
-    """A card of `family` with `entry` for `kernel`; of absorbed attention's two forms it takes the one meant."""
-    return Card(1 if kernel == "absorbed_attention" else 1 << 30, table()[family] | {kernel: [entry]})
+    """A card of `family` with `entry` for `kernel`, and for no other that would take its launches."""
+    others = {name: entries for name, entries in table().get(family, {}).items() if name != "resident"}
+    return Card(1, others | {kernel: [entry]}, family)
 
 
 def fits(kernel: str, entry: Entry, family: str) -> bool:
-    """Whether all that an entry serves compiles within the budget of `family`."""
-    capability = int(family[2:])
+    """Whether all that an entry serves compiles within the budget of `family`, and reviews well."""
     for launch in served(kernel, entry, with_entry(kernel, entry, family)):
-        if kernel == "edit_rows" or launch.kernel.__name__.startswith(kernel):
-            usage = compile_ahead(launch, capability)
-            if usage.stack or usage.shared > SHARED_LIMITS[capability]:
-                return False
+        name = launch.kernel.__name__
+        tuned = kernel in ("edit_rows", "biased_attention") or name.startswith(kernel)
+        if tuned and not reviews_well(launch, with_entry(kernel, entry, family)):
+            return False
     return True
+
+
+def reviews_well(launch: Launch, card: Card) -> bool:
+    """No stack, shared memory within the limit; on NVIDIA with cp.async no product twice and no load waited for.
+
+    What takes keys as they come reads their bias before them, and is let off the last; so is what has no products of
+    tensor cores that are counted.
+    """
+    if not card.family.startswith("sm"):
+        usage = compile_ahead(launch, card.family)
+        return not usage.stack and usage.shared <= SHARED_LIMITS[card.family]
+    found = review(launch, card)
+    waits = found.waiting and found.redundancy and card.family != "sm75" and "BLOCK_N" not in launch.constants
+    spills = found.usage.stack or found.usage.shared > SHARED_LIMITS[card.family]
+    return not (spills or waits or found.redundancy > MOST_REDUNDANCY)
 
 
 def seconds(launches: Iterable[Launch]) -> float:
@@ -115,21 +148,20 @@ def seconds(launches: Iterable[Launch]) -> float:
         return float("inf")
 
 
-def measured(place: Place, family: str) -> Entry | None:
-    """The fastest candidate; None if none runs, or if two kernels are faster than the one this place is for."""
-    times = [
-        seconds(served(place.kernel, entry, with_entry(place.kernel, entry, family))) for entry in place.candidates
-    ]
-    limit = float("inf")
-    if place.kernel == "absorbed_attention":
-        limit = seconds(served(place.kernel, place.candidates[0], Card(1 << 30, table()[family])))
-    best = min(range(len(times)), key=times.__getitem__)
-    return place.candidates[best] if times[best] < limit else None
+def measured(place: Place, family: str) -> list[Entry]:
+    """The candidates that run, the fastest first, as many as the place holds."""
+    times = {
+        index: seconds(served(place.kernel, entry, with_entry(place.kernel, entry, family)))
+        for index, entry in enumerate(place.candidates)
+    }
+    found = [place.candidates[index] for index in sorted(times, key=times.__getitem__) if times[index] < float("inf")]
+    return found[: place.holds]
 
 
-def by_budget(place: Place, family: str) -> Entry | None:
-    """The first candidate that fits; None if none does."""
-    return next((entry for entry in place.candidates if fits(place.kernel, entry, family)), None)
+def by_budget(place: Place, family: str) -> list[Entry]:
+    """The candidates that fit, as many as the place holds."""
+    fitting = (entry for entry in place.candidates if fits(place.kernel, entry, family))
+    return list(itertools.islice(fitting, place.holds))
 
 
 def tuned(family: str, measure: bool) -> dict[str, list[Entry]]:
@@ -140,10 +172,9 @@ def tuned(family: str, measure: bool) -> dict[str, list[Entry]]:
         with ProcessPoolExecutor() as pool:
             chosen = list(pool.map(partial(by_budget, family=family), PLACES))
     kernels: dict[str, list[Entry]] = {}
-    for place, entry in zip(PLACES, chosen, strict=True):
-        if entry is not None:
-            kernels.setdefault(place.kernel, []).append(entry)
-    return kernels
+    for place, entries in zip(PLACES, chosen, strict=True):
+        kernels[place.kernel] = kernels.get(place.kernel, []) + entries
+    return {kernel: entries for kernel, entries in kernels.items() if entries}
 
 
 def main() -> None:
@@ -153,7 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON; other families that it has are kept")
     options = parser.parse_args()
     here = options.family is None
-    families = [family_of(torch.cuda.get_device_capability())] if here else options.family
+    families = [family_of(architecture(torch.cuda.current_device()))] if here else options.family
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     for family in families:
         found[family] = tuned(family, here)

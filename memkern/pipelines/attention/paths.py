@@ -10,6 +10,7 @@ import torch
 
 from ... import ops
 from ...ops import cpu
+from ...ops.attention import zero_excluded
 from .layer import Images, Layer
 from .sources import Source
 
@@ -154,8 +155,11 @@ def absorbed(
     if on_cpu:
         return _absorbed_rows(attn, a, bias, vo, out_bias, source.keys.counts)
 
+    vo = zero_excluded(vo, bias)
+
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
-        return _finished(attn, ops.absorbed_attention(x.to(dtype), a, bias, vo, out_bias, backend=backend), x)
+        out = ops.absorbed_attention(x.to(dtype), a, bias, vo, out_bias, zeroed=True, backend=backend)
+        return _finished(attn, out, x)
 
     return attend, a.nbytes + vo.nbytes
 

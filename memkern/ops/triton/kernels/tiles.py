@@ -40,6 +40,75 @@ def load_tiles(rows, row_mask, D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
+def load_keys(
+    rows, stride, keys, KEY_PARTS: tl.constexpr, D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """All of a head's k or v `[n, D]`: for each part of the keys a tile `[part, part of D]` per part of D, in a row.
+
+    Whether a key is excluded is not asked: the load would wait for the bias.
+    """
+    tiles = ()
+    first = 0
+    for i in tl.static_range(len(KEY_PARTS)):
+        key = span(first, KEY_PARTS[i])
+        tiles = tiles + load_tiles(rows + key[:, None].to(tl.int64) * stride, key < keys, D, D_PARTS, EVEN)
+        first += KEY_PARTS[i]
+    return tiles
+
+
+@triton.jit
+def load_parts(values, stride, keys, other, KEY_PARTS: tl.constexpr):
+    """A number per key as a tuple of `[part]`; `other` where there is no key."""
+    parts = ()
+    first = 0
+    for i in tl.static_range(len(KEY_PARTS)):
+        key = span(first, KEY_PARTS[i])
+        parts = parts + (tl.load(values + key * stride, mask=key < keys, other=other),)
+        first += KEY_PARTS[i]
+    return parts
+
+
+@triton.jit
+def part_logits(q_tiles, k_tiles, D_PARTS: tl.constexpr, KEY_PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """q kᵀ of tiles that `load_tiles` and `load_keys` made, `[M, part]` per part of the keys."""
+    logits = ()
+    for i in tl.static_range(len(KEY_PARTS)):
+        total = zeros(BLOCK_M, KEY_PARTS[i])
+        for j in tl.static_range(len(D_PARTS)):
+            k_tile = k_tiles[i * len(D_PARTS) + j]
+            total = tl.dot(q_tiles[j], tl.trans(k_tile), total, input_precision="ieee")
+        logits = logits + (total,)
+    return logits
+
+
+@triton.jit
+def softmax_parts(logits, biases, scale, KEY_PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """exp(logits · scale + bias), from each row's highest, as `[M, part]` per part of the keys: a softmax's terms.
+
+    An excluded key's term is 0, whatever its logit.
+    """
+    highest = tl.full([BLOCK_M], EXCLUDED, tl.float32)
+    biased = ()
+    for i in tl.static_range(len(KEY_PARTS)):
+        b = biases[i]
+        biased = biased + (tl.where((b != EXCLUDED)[None, :], logits[i] * scale + b[None, :], EXCLUDED),)
+        highest = tl.maximum(highest, tl.max(biased[i], 1))
+    terms = ()
+    for i in tl.static_range(len(KEY_PARTS)):
+        terms = terms + (exp_from(biased[i], highest),)
+    return terms
+
+
+@triton.jit
+def sum_parts(terms, KEY_PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sum of each row over all parts, `[M]`."""
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(len(KEY_PARTS)):
+        total += tl.sum(terms[i], 1)
+    return total
+
+
+@triton.jit
 def biased_logits(
     q_tiles, k, k_row, bias, bias_key, key, keys, scale,
     D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
