@@ -375,3 +375,23 @@ def test_what_a_layer_computes_with_besides_its_weights(run, context):
         same(run(context), run.expected(context))
     holder["factor"] = 3.0
     same(run(context), run.expected(context))
+
+
+@pytest.mark.parametrize("edit", ["one value", "half a row"])
+def test_g23_a_sparse_edit_of_weights_between_prompts(tokenizers, edit):
+    """Through `.data`, which counts no version: whatever it changed, a new prompt is computed with it."""
+    pipe, plain = (tiny_pipeline(tokenizers["sd1"]) for _ in range(2))
+    memkern.patch(pipe, "none")
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+
+    def image(one):
+        return one("a cat", generator=torch.Generator().manual_seed(0), **options).images
+
+    before = image(pipe)
+    for one in (pipe, plain):
+        for _, attn in cross_attention_layers(one.unet):
+            values = attn.to_k.weight.data.view(-1)[1 : 2 if edit == "one value" else 9]
+            values += 100
+    made = image(pipe)
+    torch.testing.assert_close(made, image(plain), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(made, before)
