@@ -74,7 +74,8 @@ def test_g28_what_is_accelerated_is_said_so(sd1, call):
     call(sd1)
     status = memkern.status(sd1)
     assert FASTER in str(status)
-    assert set(status.layers) == {name for name, _ in sd1.unet.named_modules() if name.endswith("attn2")}
+    unet = getattr(sd1.unet, "_orig_mod", sd1.unet)
+    assert set(status.layers) == {name for name, _ in unet.named_modules() if name.endswith("attn2")}
     assert not tells_why(status, "inference|autocast|compile")
     assert counts(sd1) == (1, 0, 0, 0)
 
