@@ -25,10 +25,10 @@ def pipelines():
     return [pipe.to(torch.bfloat16) for pipe in made]
 
 
-def stepper(pipe):
+def stepper(pipe, dtype=torch.bfloat16):
     """A call of the UNet as the pipeline makes it, the same context each time."""
     cond, uncond = pipe.encode_prompt(PROMPT, "cpu", 1, True)
-    context, sample = torch.cat([uncond, cond]), torch.randn(2, 4, 64, 64, dtype=torch.bfloat16)
+    context, sample = torch.cat([uncond, cond]), torch.randn(2, 4, 64, 64, dtype=dtype)
     pipe.scheduler.set_timesteps(20)
 
     def step():

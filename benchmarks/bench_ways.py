@@ -47,8 +47,7 @@ def test_inference_mode(benchmark, policy):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_autocast(benchmark, policy):
     """float32 weights, products in bfloat16."""
-    pipe = tiny_pipeline(pipelines()[0].tokenizer, width=768, unet=unet(torch.float32))
-    theirs = copy.copy(pipe)
-    theirs.unet = copy.deepcopy(pipe.unet)
-    with memkern.patched(pipe, policy), torch.autocast("cpu", torch.bfloat16):
-        compare(benchmark, stepper(pipe), stepper(theirs), named="unpatched", rounds=15)
+    tokenizer, model = pipelines()[0].tokenizer, unet(torch.float32)
+    ours, theirs = (tiny_pipeline(tokenizer, width=768, unet=copy.deepcopy(model)) for _ in range(2))
+    with memkern.patched(ours, policy), torch.autocast("cpu", torch.bfloat16):
+        compare(benchmark, stepper(ours, torch.float32), stepper(theirs, torch.float32), named="unpatched", rounds=15)

@@ -80,8 +80,7 @@ def _screen_parser(commands: Any) -> None:
     screen.add_argument("--scores", default="pads,angle,noise", type=_words, help=scores)
     screen.add_argument("--seeds", type=_seeds, default="0", help="of the noise (default: %(default)s)")
     screen.add_argument("--batch", type=int, default=8, help="prompts at once (default: %(default)s)")
-    screen.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
-    screen.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+    _device_options(screen)
     screen.add_argument("--out", type=Path, default=Path("memkern-screen"), help="folder (default: %(default)s)")
 
 
@@ -106,8 +105,7 @@ def _sweep_parser(commands: Any) -> None:
     sweep.add_argument("--inference-steps", type=int, help="of an image (default: 20)")
     sweep.add_argument("--guidance", type=float, help="(default: 7.5; 5 for the embedded model, as in the demo)")
     sweep.add_argument("--scheduler", help="one of diffusers, such as DDIM (default: the model's)")
-    sweep.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
-    sweep.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+    _device_options(sweep)
     sweep.add_argument("--batch", type=int, default=8, help="images at once (default: %(default)s)")
     sweep.add_argument("--sscd", type=Path, help="weights of SSCD; without them pixels tell copies")
     sweep.add_argument("--clip", help="a CLIP model; without it ordinary images are compared with the unpatched ones")
@@ -126,6 +124,11 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="several times")
 
 
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+
+
 def _protocol_options(parser: argparse.ArgumentParser) -> None:
     """What is None takes the protocol's value, or the default one."""
     parser.add_argument("--protocol", help="kim-no: how the paper made its pictures; every option here replaces a part")
@@ -133,8 +136,7 @@ def _protocol_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="(default: 20)")
     parser.add_argument("--guidance", type=float, help="(default: 7.5)")
     parser.add_argument("--scheduler", help="one of diffusers, such as DDIM (default: the model's)")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU, else the CPU)")
+    _device_options(parser)
     parser.add_argument("--generator-device", help="of the initial noise; pipeline is the model's (default: cpu)")
     parser.add_argument("--batch", type=int, help="images at once, which changes rounding (default: 1)")
 

@@ -1,9 +1,11 @@
-"""What a build writes down of its libraries, written by hand."""
+"""What a build writes down of its libraries, written by hand; and a fresh interpreter to import them in."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import memkern
@@ -26,3 +28,8 @@ def write_record(folder: Path, **changes: object) -> None:
         "libraries": libraries,
     }
     (folder / "build.json").write_text(json.dumps({**record, **changes}))
+
+
+def python(code: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter, in `folder`, which comes first in its path; its completed process."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)

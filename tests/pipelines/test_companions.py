@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from companions import COMPANIONS, compiled, ip_adapter, lora, slicing, textual_inversion
+from companions import COMPANIONS, ip_adapter, lora, slicing, textual_inversion
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from families import Family, sd_families
@@ -356,14 +356,6 @@ def test_an_attention_backend_chosen_after_patching(ours, plain):
     memkern.patch(ours.pipe, "zero-pad:0.7")
     ours.pipe.unet.set_attention_backend("native")
     close(ours(steps=3), expected)
-
-
-def test_d18_the_kv_stage_breaks_a_graph(ours, plain):
-    memkern.patch(plain.pipe, "ren:1.25")
-    memkern.patch(ours.pipe, "ren:1.25")
-    compiled(ours.pipe)
-    memkern.patch(ours.pipe, "ren:1.25")
-    close(ours(steps=3), plain(steps=3))
 
 
 def test_copies_and_saved_models_have_nothing_of_memkern(ours, plain, tmp_path):

@@ -45,7 +45,7 @@ def _afresh():
 
 @pytest.mark.parametrize("order", ["patched first", "compiled first"])
 @pytest.mark.parametrize("way", WAYS)
-def test_g29_prompts_policies_and_adapters_share_one_graph(tokenizers, way, order):
+def test_d18_g29_prompts_policies_and_adapters_share_one_graph(tokenizers, way, order):
     compiles, most = WAYS[way]
     pipe, plain = tiny_pipeline(tokenizers["sd1"]), tiny_pipeline(tokenizers["sd1"])
     for one in (pipe, plain):

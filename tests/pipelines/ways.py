@@ -47,7 +47,7 @@ def autocast(pipe, stack):
     return {}
 
 
-def compiled(pipe, stack, **options):
+def compiled(pipe, stack):
     torch._dynamo.reset()
     pipe.unet = torch.compile(pipe.unet, backend="aot_eager", fullgraph=True)
     return {}

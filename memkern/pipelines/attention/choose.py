@@ -10,7 +10,7 @@ import torch
 
 from ...ops import backends
 from .layer import Layer
-from .paths import Attend, absorbed, beside_images, compute_dtype, projected
+from .paths import Attend, absorbed, compute_dtype, projected
 from .sources import Source
 from .weights import Weights, keeping_refusals, reading_refusals, whole_refusals
 
@@ -131,11 +131,11 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
         source: the keys and values of `context`.
     """
     attn, dtype = layer.attn, compute_dtype(x)
-    attend = beside_images if layer.kind == "images" else projected
     reasons = whole_refusals(attn) + without_kernels(x, dtype, backend)
     if reasons:
-        path: Path = "projected" if source.edited else "former"
-        return Prepared(Choice(path, reasons=tuple(reasons)), attend(layer, source, backend) if source.edited else None)
+        if not source.edited:
+            return Prepared(Choice("former", reasons=tuple(reasons)), None)
+        return Prepared(Choice("projected", reasons=tuple(reasons)), projected(layer, source, backend))
     unreadable, unkept = reading_refusals(layer), keeping_refusals(layer)
     sizes = x.shape[1], x.shape[2], attn.heads
     rates = RATES[x.device.type if x.device.type == "cpu" else "cuda", min(4, dtype.itemsize)]
@@ -161,9 +161,10 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
             return Prepared(choice, made[0], Weights(layer, layer.modules), made[1], is_read=True)
         choice = replace(choice, path="projected", reasons=(f"multiplied out it is beyond {dtype}",))
     if unkept:
-        return Prepared(choice, attend(layer, source, backend))
+        return Prepared(choice, projected(layer, source, backend))
     if unreadable or layer.kind == "images":
-        return Prepared(choice, attend(layer, source, backend, context), Weights(layer, layer.key_value_modules), keys)
+        made_of = Weights(layer, layer.key_value_modules)
+        return Prepared(choice, projected(layer, source, backend, context), made_of, keys)
     kept = projected(layer, source, backend, context, readable=True)
     return Prepared(choice, kept, Weights(layer, layer.modules), keys, is_read=True)
 

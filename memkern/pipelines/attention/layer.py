@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -64,7 +65,7 @@ class Layer:
     attn: Any
     own: Any
 
-    @property
+    @functools.cached_property
     def kind(self) -> Kind | None:
         """What its own processor computes."""
         return kind_of(self.own)

@@ -27,7 +27,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def projected(
     layer: Layer, source: Source, backend: str, context: torch.Tensor | None = None, *, readable: bool = False
 ) -> Attend:
-    """to_q, attention over the keys that are left, to_out.
+    """to_q, attention over the keys that are left, to_out; beside the images of IP-Adapters, if the layer has some.
 
     Args:
         context: what K and V are made of once and for all; None where they are made anew each time.
@@ -35,6 +35,8 @@ def projected(
     """
     attn = layer.attn
     attend_text, kept = _text(layer, source, backend, context)
+    if layer.kind == "images":
+        return _beside_images(layer, attend_text)
     if kept is not None and readable and not source.attenuation and _by_library(kept[0], backend):
         return _projected_rows(layer, source, *kept)
 
@@ -47,9 +49,8 @@ def projected(
     return attend
 
 
-def beside_images(layer: Layer, source: Source, backend: str, context: torch.Tensor | None = None) -> Attend:
-    """The layer's own processor for the images of IP-Adapters, and the text's part added to theirs before to_out."""
-    attend_text, _ = _text(layer, source, backend, context)
+def _beside_images(layer: Layer, attend_text: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Attend:
+    """The layer's own processor for the images, and the text's part added to theirs before to_out."""
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
         assert images is not None

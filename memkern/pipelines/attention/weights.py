@@ -7,6 +7,7 @@ nothing but tensors and plain settings can change them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,17 +70,18 @@ def keeping_refusals(layer: Layer) -> list[str]:
 
 def _hooks(module: Any) -> bool:
     """Whether something besides the module itself runs when it is called."""
-    if module._forward_hooks or not all(
-        getattr(hook, "reads_only", False) for hook in module._forward_pre_hooks.values()
-    ):
+    # Asked of each layer in each step: an attribute that a module lacks is looked for in its dictionary.
+    own = vars(module)
+    if own["_forward_hooks"] or "_hf_hook" in own:
         return True
-    if hasattr(module, "_hf_hook"):
+    before = own["_forward_pre_hooks"]
+    if before and not all(getattr(hook, "reads_only", False) for hook in before.values()):
         return True
-    return not _is_cast(module) and ("forward" in vars(module) or hasattr(module, "_diffusers_hook"))
+    return ("forward" in own or "_diffusers_hook" in own) and not _is_cast(module)
 
 
 def _is_cast(module: Any) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = vars(module).get("_diffusers_hook")
     return registry is not None and set(registry.hooks) == CASTS
 
 
@@ -138,8 +140,9 @@ def _numbers(layer: Layer) -> tuple[Any, ...]:
 def _tensors(modules: tuple[Any, ...]) -> Iterator[torch.Tensor]:
     for module in modules:
         if type(module) is nn.Linear:
-            yield from _parts(module.weight)
-            yield from () if module.bias is None else _parts(module.bias)
+            for tensor in module._parameters.values():
+                if tensor is not None:
+                    yield from (tensor,) if type(tensor) is nn.Parameter else _parts(tensor)
             continue
         for part in module.modules():
             for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
@@ -156,10 +159,10 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
             yield from _parts(getattr(tensor, name))
 
 
-def _settings(modules: tuple[Any, ...]) -> list[str]:
+def _settings(modules: tuple[Any, ...]) -> list[tuple[str, Any]]:
     """What is set on modules that are more than linear, as far as it is plain numbers and words."""
     return [
-        f"{name}={value!r}"
+        (name, copy.copy(value))
         for module in modules
         if type(module) is not nn.Linear
         for part in module.modules()

@@ -53,7 +53,7 @@ class Call:
         self.computes = not self.site.prefix or settings.controlnet
         self.accelerates = settings.accelerate
         if self.lora_scale != 1:
-            parts = self.site.module.modules()
+            parts = self.site.processors.projections
             self.loras = {
                 part: dict(part.scaling) for part in parts if isinstance(getattr(part, "scaling", None), dict)
             }

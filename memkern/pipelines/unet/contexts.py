@@ -16,7 +16,7 @@ from ...ledger import LEDGER, KnownRows
 from ...seen import Seen
 from ..attention.choose import Prepared, prepare
 from ..attention.layer import Images, Layer
-from ..attention.paths import beside_images, compute_dtype, projected
+from ..attention.paths import compute_dtype, projected
 from ..attention.sources import Source, unedited
 from ..family import outputs
 from ..session import Session
@@ -79,8 +79,7 @@ class Context:
             self._visited.add(key)
             if source is None:
                 return None, None
-            attend = projected if images is None else beside_images
-            return attend(layer, source, backend)(x, tensor, images), None
+            return projected(layer, source, backend)(x, tensor, images), None
         prepared, made = self._prepared.get(key), None
         if prepared is None or not prepared.valid(layer):
             prepared = made = self._prepared[key] = prepare(layer, x, source or self._whole(tensor), tensor, backend)

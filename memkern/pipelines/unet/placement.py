@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..attention.layer import Layer
 from .kv_stage import RowEdits
 from .layers import cross_attention_layers, is_known
 from .processor import Computes, CrossAttentionProcessor, former_of, is_ours, replacement
@@ -37,6 +38,11 @@ class Processors:
     def count(self) -> int:
         """How many of them are still in place."""
         return sum(attn.processor is processor for attn, processor in self._placed)
+
+    @property
+    def projections(self) -> list[Any]:
+        """The projections of the layers that they were put into."""
+        return [part for attn, ours in self._placed for part in Layer(attn, ours.former).modules.values()]
 
     @property
     def exchanged(self) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-UNET_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
-"""What a UNet or ControlNet is called with first."""
+_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
+"""What a UNet or ControlNet is called with first, in this order."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,11 @@ class Place:
     position: float | None = None
 
 
-def argument(name: str, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An argument of a call, by name or by place; None if it was not given."""
-    return kwargs.get(name, args[index] if len(args) > index else None)
-
-
-def sample_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows × columns of the latents that a UNet is called with."""
-    sample = argument("sample", 0, args, kwargs)
-    return None if sample is None else tuple(sample.shape[-2:])
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The sample, the timestep and the context of a call, given by name or by place; None for what was not given."""
+    given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    sample, timestep, context = (given.get(name) for name in _ARGUMENTS)
+    return sample, timestep, context
 
 
 def lora_scale(kwargs: dict[str, Any]) -> float:

@@ -17,13 +17,8 @@ from .contexts import Context, Contexts
 from .keeping import is_captured, why_not_kept
 from .look import count, judge
 from .placement import Processors, missed_layers
-from .schedule import UNET_ARGUMENTS, Place, argument, lora_scale, position, sample_size
+from .schedule import Place, arguments, lora_scale, position
 from .traced import NUMBERS, SITES, is_exported
-
-NOT_EXPORTED = (
-    "memkern: edits of keys and values are not part of an exported program; take a policy of the embeds stage, or call "
-    "memkern.unpatch(pipe) first"
-)
 
 
 # Hooks of a UNet that is compiled by itself may be called outside its graph, as they are; where they are traced with
@@ -37,12 +32,10 @@ def _begin(site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: d
 def _traced_begin(
     site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    sample, time, context = (argument(name, i, args, kwargs) for i, name in enumerate(UNET_ARGUMENTS))
+    sample, time, context = arguments(args, kwargs)
     if not isinstance(context, torch.Tensor) or not isinstance(sample, torch.Tensor):
         return None
-    if is_exported():
-        if site.edits_kv:
-            raise RuntimeError(NOT_EXPORTED)
+    if _is_left_out(site):
         return None
     if not isinstance(time, torch.Tensor):
         time = torch.full((), time, dtype=torch.float64, device="cpu")
@@ -179,12 +172,10 @@ class Site:
         Args:
             scale: what its LoRAs are scaled by.
         """
-        if is_exported():
-            if self.edits_kv:
-                raise RuntimeError(NOT_EXPORTED)
+        if _is_left_out(self):
             CALL.set(None)
             return
-        context = argument("encoder_hidden_states", 2, args, kwargs)
+        sample, time, context = arguments(args, kwargs)
         whose = _whose(self, context)
         if whose is None:
             CALL.set(None)
@@ -193,12 +184,11 @@ class Site:
         CALL.set(call)
         if isinstance(context, torch.Tensor) and context.dim() == 3:
             call.context, call.known = context, self._known(call, context)
-            sample = sample_size(args, kwargs)
             where = None
             if call.known.edits is not None and call.known.edits.follows_steps:
                 times = getattr(getattr(call.session.pipe, "scheduler", None), "timesteps", None)
-                where = position(argument("timestep", 1, args, kwargs), times)
-            call.place = Place(sample, where)
+                where = position(time, times)
+            call.place = Place(None if sample is None else tuple(sample.shape[-2:]), where)
 
     def _known(self, call: Call, context: torch.Tensor) -> Context:
         """What is known of a context; one that is new is recognised, and judged."""
@@ -285,6 +275,20 @@ class Site:
         elif active and name not in session.layers:
             session.layers[name] = "edited, nothing kept"
         return out
+
+
+def _is_left_out(site: Site) -> bool:
+    """Whether a call becomes a program for elsewhere, which has nothing of memkern.
+
+    Raises:
+        RuntimeError: keys and values should have been edited in it.
+    """
+    if is_exported() and site.edits_kv:
+        raise RuntimeError(
+            "memkern: edits of keys and values are not part of an exported program; take a policy of the embeds "
+            "stage, or call memkern.unpatch(pipe) first"
+        )
+    return is_exported()
 
 
 def _find_missed(call: Call, module: Any) -> None:
