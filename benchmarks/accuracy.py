@@ -54,8 +54,13 @@ class Case:
             module.weight.mul_(factor)
         self.layer, self.x, self.context = self.layer.to(dtype), x.to(dtype), context.to(dtype)
         self.whole = Layer(self.layer, self.layer.processor)
+        self.exact = self.in_float64()
+
+    def in_float64(self) -> torch.Tensor:
+        """The layer as it is now, of the same values in float64."""
         wide = copy.deepcopy(self.layer).double()
-        self.exact = wide(self.x.double(), encoder_hidden_states=self.context.double())
+        out: torch.Tensor = wide(self.x.double(), encoder_hidden_states=self.context.double())
+        return out
 
     def diffusers(self) -> torch.Tensor:
         """The layer by its own processor."""

@@ -15,7 +15,7 @@ from memkern.pipelines.attention.sources import Attenuation, unedited
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from accuracy import DTYPES, LOGITS, SIZES, Case, paths, ratios
+from accuracy import DTYPES, LOGITS, SIZES, Case, errors, paths, ratios
 
 MARKS = [pytest.mark.interpreter] if backends.INTERPRETING else []
 PATHS = [
@@ -49,13 +49,12 @@ def narrow():
 
 
 def prepared(case):
-    """What a patched layer makes of the case, the reasons told, after a look at what diffusers makes of it."""
+    """What a patched layer makes of the case, and why; it errs as diffusers does, where terms cancel too."""
     made = choose.prepare(case.whole, case.x, unedited(case.context), case.context, "auto")
-    expected = case.diffusers()
-    assert expected.isfinite().all()
-    out = made.attend(case.x, case.context, None)
-    # Sums of what cancels: their rounding in float32 is seen.
-    torch.testing.assert_close(out, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+    exact = case.in_float64()
+    theirs, _ = errors(case.diffusers(), exact)
+    ours, _ = errors(made.attend(case.x, case.context, None), exact)
+    assert ours**0.5 <= 1.5 * theirs**0.5
     return made
 
 
