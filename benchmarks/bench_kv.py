@@ -28,7 +28,7 @@ def pipelines():
 def stepper(pipe, dtype=torch.bfloat16):
     """A call of the UNet as the pipeline makes it, the same context each time."""
     cond, uncond = pipe.encode_prompt(PROMPT, "cpu", 1, True)
-    context, sample = torch.cat([uncond, cond]), torch.randn(2, 4, 64, 64, dtype=dtype)
+    context, sample = torch.cat([uncond, cond]), torch.cat([torch.randn(1, 4, 64, 64, dtype=dtype)] * 2)
     pipe.scheduler.set_timesteps(20)
 
     def step():

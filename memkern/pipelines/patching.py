@@ -44,7 +44,8 @@ def patch(pipe: Any, policy: Policy | str = "swap-pad-zero-eot", **settings: Any
         on_unknown: what happens when rows would go unedited, such as raw `prompt_embeds`: "raise" an
             `UnmitigatedError` (the default), "warn" with an `UnmitigatedWarning`, or "pass".
         accelerate: whether the UNet's cross-attention layers are computed by memkern where that is faster;
-            False leaves the UNet's own computation as it is, at the embeds stage. True.
+            False leaves the UNet's own computation as it is, at the embeds stage; "attention" leaves out that equal
+            rows go through the UNet's first self-attention once. True.
         stage: where the policy is applied. "embeds": once, on the text encoder's output. "kv": on the keys and
             values of the UNet's cross-attention layers, which actions on logits and windows of layers and steps
             need. "auto": on the embeddings where that can express the policy. Both give the same image. "auto".

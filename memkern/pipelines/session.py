@@ -26,6 +26,7 @@ from .family.encoders import EncoderCall, Slot
 
 OnUnknown = Literal["raise", "warn", "pass"]
 StageChoice = Literal["auto", "embeds", "kv"]
+Accelerate = Literal[True, False, "attention"]
 Outcome = Literal["protected", "exempt", "unedited"]
 
 _NUMBERS = itertools.count(1)
@@ -44,14 +45,18 @@ class Settings:
     policy: Policy = field(default_factory=lambda: Policy.parse("swap-pad-zero-eot"))
     backend: str = "auto"
     on_unknown: OnUnknown = "raise"
-    accelerate: bool = True
+    accelerate: Accelerate = True
     stage: StageChoice = "auto"
     controlnet: bool = True
     report: Callable[[Record], None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", Policy.of(self.policy))
-        for name, allowed in (("on_unknown", get_args(OnUnknown)), ("stage", get_args(StageChoice))):
+        for name, allowed in (
+            ("on_unknown", get_args(OnUnknown)),
+            ("stage", get_args(StageChoice)),
+            ("accelerate", get_args(Accelerate)),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 *most, last = map(repr, allowed)
@@ -78,7 +83,7 @@ class Settings:
     @property
     def needs_processors(self) -> bool:
         """Whether the UNet's cross-attention layers are computed here."""
-        return self.accelerate or self.applied == "kv"
+        return bool(self.accelerate) or self.applied == "kv"
 
     @property
     def edits(self) -> bool:
@@ -218,6 +223,7 @@ class Session:
         encoded: how many rows it encoded, by branch.
         kept: what is kept of contexts, by the UNet that reads them.
         layers: cross-attention layer → what it did.
+        shared: self-attention → how many of its rows it computed, where others were equal.
         unreached: layers that should have been edited and were not, and why.
         left_alone: why layers were left to their own processors where acceleration was asked for.
         reasons: why rows went through unedited, or were refused.
@@ -235,6 +241,7 @@ class Session:
         self.encoded: Counter[Branch] = Counter()
         self.kept: dict[Any, Any] = {}
         self.layers: dict[str, Any] = {}
+        self.shared: dict[str, str] = {}
         self.unreached: dict[str, str] = {}
         self.left_alone: dict[str, None] = {}
         self.reasons: dict[str, None] = {}

@@ -57,6 +57,7 @@ class Status:
         backend: the backend asked for, the one in use for CPU tensors, and why not another.
         on_unknown: what happens to rows that would go unedited.
         layers: cross-attention layer → what it did with the last context, and the estimates behind that.
+        shared: self-attention → how many rows it computed in the last call, the others being equal.
         reached: what of the last call did not reach the UNet as the policy asks for, and why.
         kept: bytes that the last call kept of its contexts.
         counts: rows since the pipeline was patched.
@@ -70,6 +71,7 @@ class Status:
     backend: str = ""
     on_unknown: str = ""
     layers: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     reached: tuple[str, ...] = ()
     kept: int = 0
     counts: Counts = field(default_factory=Counts)
@@ -97,6 +99,7 @@ class Status:
             backend=_describe_backend(settings.backend),
             on_unknown=settings.on_unknown,
             layers={} if last is None else {name: str(choice) for name, choice in last.layers.items()},
+            shared={} if last is None else dict(last.shared),
             reached=() if last is None else _reached(last),
             kept=0 if last is None else last.size,
             counts=patch.tally.total,
@@ -113,7 +116,7 @@ class Status:
             f"backend     {self.backend}",
             f"on_unknown  {self.on_unknown}",
             f"rows        {self.counts}",
-            *(f"layer       {name}: {choice}" for name, choice in self.layers.items()),
+            *(f"layer       {name}: {choice}" for name, choice in {**self.shared, **self.layers}.items()),
             *(f"unedited    {line}" for line in self.reached),
             *([f"kept        {self.kept} bytes of contexts"] if self.kept else []),
             *(f"note        {note}" for note in self.notes),

@@ -45,11 +45,11 @@ def whole_refusals(attn: Any) -> list[str]:
 
 def reading_refusals(layer: Layer) -> list[str]:
     """Why the weights of the layer's projections cannot be read in place of calling them; empty if they can."""
-    reasons = ["the layer has hooks"] if _hooks(layer.attn) else []
+    reasons = ["the layer has hooks"] if has_hooks(layer.attn) else []
     for name, module in layer.modules.items():
         if type(module) is not nn.Linear:
             reasons.append(f"{name} is a {type(module).__name__}")
-        elif _hooks(module) or _is_cast(module):
+        elif has_hooks(module) or _is_cast(module):
             reasons.append(f"{name} has hooks")
         elif not _is_plain(module.weight):
             reasons.append(f"{name}'s weight is a {_kind(module.weight)}")
@@ -63,12 +63,12 @@ def keeping_refusals(layer: Layer) -> list[str]:
         strange = [type(part).__name__ for part in module.modules() if type(part).__module__.split(".")[0] not in KNOWN]
         if strange:
             reasons.append(f"{name} is a {strange[0]}")
-        elif any(_hooks(part) for part in module.modules()):
+        elif any(has_hooks(part) for part in module.modules()):
             reasons.append(f"{name} has hooks")
     return reasons
 
 
-def _hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
     """Whether something besides the module itself runs when it is called."""
     # Asked of each layer in each step: an attribute that a module lacks is looked for in its dictionary.
     own = vars(module)

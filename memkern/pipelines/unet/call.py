@@ -33,6 +33,7 @@ class Call:
         loras: how each is scaled before that, where it is.
         computes: whether layers are computed for it.
         accelerates: whether what is made of the context may be kept.
+        shares: whether rows that are equal may be computed once.
     """
 
     site: Any
@@ -51,7 +52,8 @@ class Call:
         settings = self.session.settings
         # Those of a ControlNet may be left alone.
         self.computes = not self.site.prefix or settings.controlnet
-        self.accelerates = settings.accelerate
+        self.accelerates = bool(settings.accelerate)
+        self.shares = self.computes and self.accelerates and settings.accelerate != "attention"
         if self.lora_scale != 1:
             parts = self.site.processors.projections
             self.loras = {

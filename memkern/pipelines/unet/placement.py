@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..attention.layer import Layer
+from .branches import SelfAttentionProcessor, first_self_attention, is_plain
 from .kv_stage import RowEdits
 from .layers import cross_attention_layers, is_known
 from .processor import Computes, CrossAttentionProcessor, former_of, is_ours, replacement
@@ -16,6 +17,7 @@ class Processors:
 
     def __init__(self) -> None:
         self._placed: list[tuple[Any, CrossAttentionProcessor]] = []
+        self._first: tuple[Any, SelfAttentionProcessor] | None = None
 
     def place(self, module: Any, site: Computes, prefix: str) -> None:
         """Put a processor into each cross-attention layer of whose own it is known what it computes."""
@@ -26,13 +28,27 @@ class Processors:
             ours = replacement(former_of(processor), site, prefix + name, attn)
             attn.set_processor(ours)
             self._placed = [kept for kept in self._placed if kept[0] is not attn] + [(attn, ours)]
+        found = first_self_attention(module)
+        if found is not None and is_plain(found[1]) and not is_ours(found[1].processor):
+            name, attn = found
+            once = SelfAttentionProcessor(attn.processor, site, prefix + name, attn)
+            attn.set_processor(once)
+            self._first = attn, once
 
     def take_out(self, module: Any, site: Computes) -> None:
         """Put back the very processors that were there, where ours still is."""
-        for _, attn in cross_attention_layers(module):
-            if is_ours(attn.processor) and attn.processor.site in (site, None):
+        for attn in module.modules():
+            if is_ours(getattr(attn, "processor", None)) and attn.processor.site in (site, None):
                 attn.set_processor(former_of(attn.processor))
-        self._placed = []
+        self._placed, self._first = [], None
+
+    def leave_compiled_blocks(self, module: Any) -> None:
+        """A block that was compiled by itself since shares its graph with others: its self-attention is as theirs."""
+        if self._first is not None and first_self_attention(module) is None:
+            attn, once = self._first
+            if attn.processor is once:
+                attn.set_processor(once.former)
+            self._first = None
 
     @property
     def count(self) -> int:
@@ -42,7 +58,8 @@ class Processors:
     @property
     def projections(self) -> list[Any]:
         """The projections of the layers that they were put into."""
-        return [part for attn, ours in self._placed for part in Layer(attn, ours.former).modules.values()]
+        placed = [*self._placed, *([] if self._first is None else [self._first])]
+        return [part for attn, ours in placed for part in Layer(attn, ours.former).modules.values()]
 
     @property
     def exchanged(self) -> list[str]:

@@ -34,8 +34,8 @@ class Computes(Protocol):
         """The layer's output; None where its former processor is to compute it."""
 
 
-class CrossAttentionProcessor:
-    """Computes a layer from what is kept of its context, or by the processor it took the place of.
+class LayerProcessor:
+    """Stands in a layer for the processor it took the place of, under that one's class and attributes.
 
     One whose patch is gone acts as the processor it replaced, and so does one that diffusers made anew by its class.
     """
@@ -75,6 +75,24 @@ class CrossAttentionProcessor:
             object.__setattr__(self, name, value)
         else:
             setattr(vars(self)["former"], name, value)
+
+    def _former(
+        self, attn: Attention, x: torch.Tensor, context: Any, mask: torch.Tensor | None, **rest: Any
+    ) -> torch.Tensor:
+        out: torch.Tensor = self.former(attn, x, encoder_hidden_states=context, attention_mask=mask, **rest)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied UNet is not patched: it gets a copy of the processor that was there before."""
+        return copy.deepcopy(self.former, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing of memkern is pickled with a UNet."""
+        return copy.copy, (self.former,)
+
+
+class CrossAttentionProcessor(LayerProcessor):
+    """Computes a layer from what is kept of its context, or by the processor it took the place of."""
 
     def __call__(
         self,
@@ -119,20 +137,6 @@ class CrossAttentionProcessor:
             return self._former(attn, x, context, mask)
         return self._former(attn, x, (context, images.states), mask, ip_adapter_masks=images.masks)
 
-    def _former(
-        self, attn: Attention, x: torch.Tensor, context: Any, mask: torch.Tensor | None, **rest: Any
-    ) -> torch.Tensor:
-        out: torch.Tensor = self.former(attn, x, encoder_hidden_states=context, attention_mask=mask, **rest)
-        return out
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied UNet is not patched: it gets a copy of the processor that was there before."""
-        return copy.deepcopy(self.former, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing of memkern is pickled with a UNet."""
-        return copy.copy, (self.former,)
-
 
 class ModuleProcessor(CrossAttentionProcessor, nn.Module):
     """One in place of a processor that is a module: with its parameters, under their names."""
@@ -173,7 +177,7 @@ class ImagesProcessor(ModuleProcessor):
 
 def is_ours(processor: Any) -> bool:
     """Whether a processor is memkern's."""
-    return issubclass(type(processor), CrossAttentionProcessor)
+    return issubclass(type(processor), LayerProcessor)
 
 
 def former_of(processor: Any) -> Any:

@@ -175,6 +175,7 @@ class Site:
         if _is_left_out(self):
             CALL.set(None)
             return
+        self.processors.leave_compiled_blocks(self._module())
         sample, time, context = arguments(args, kwargs)
         whose = _whose(self, context)
         if whose is None:

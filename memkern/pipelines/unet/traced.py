@@ -37,6 +37,7 @@ _LIBRARY.define(
     "ScalarType? autocast) -> Tensor",
     tags=_TAGS,
 )
+_LIBRARY.define("self_attention(Tensor x, Tensor layer, ScalarType? autocast) -> Tensor", tags=_TAGS)
 
 
 def _unet_begins(
@@ -65,19 +66,36 @@ def _cross_attention(
     layer: torch.Tensor,
     autocast: torch.dtype | None,
 ) -> torch.Tensor:
-    processor = PROCESSORS.get(int(layer))
-    attn = None if processor is None else processor.attn
-    if processor is None or attn is None:
-        raise RuntimeError(
-            "memkern: a compiled graph calls a cross-attention layer that is gone; call torch.compiler.reset()"
-        )
+    processor, attn = _layer(layer)
     images = Images(list(states), list(masks) or None) if states else None
-    with (
-        torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None),
-        _scaled(attn, processor.call),
-    ):
+    with _as_traced(x, attn, processor.call, autocast):
         out: torch.Tensor = processor.compute(attn, x, context, attention_mask, images)
     return out.to(autocast or x.dtype).contiguous()
+
+
+def _self_attention(x: torch.Tensor, layer: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
+    processor, attn = _layer(layer)
+    with _as_traced(x, attn, processor.call, autocast):
+        out: torch.Tensor = processor.compute(attn, x)
+    return out.to(autocast or x.dtype).contiguous()
+
+
+def _layer(number: torch.Tensor) -> tuple[Any, Any]:
+    """A processor by its number, and the layer it is in."""
+    processor = PROCESSORS.get(int(number))
+    attn = None if processor is None else processor.attn
+    if attn is None:
+        raise RuntimeError(
+            "memkern: a compiled graph calls an attention layer that is gone; call torch.compiler.reset()"
+        )
+    return processor, attn
+
+
+@contextmanager
+def _as_traced(x: torch.Tensor, attn: Any, call: Any, autocast: torch.dtype | None) -> Iterator[None]:
+    """What was around a layer when it was traced: autocast, and the scale of its LoRAs."""
+    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None), _scaled(attn, call):
+        yield
 
 
 @contextmanager
@@ -106,6 +124,7 @@ for _name, _implementation in (
     ("unet_begins", _unet_begins),
     ("unet_ends", _unet_ends),
     ("cross_attention", _cross_attention),
+    ("self_attention", _self_attention),
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memkern::{_name}", _like, lib=_LIBRARY)
@@ -117,11 +136,20 @@ def attend(
     x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None, images: Images | None, number: torch.Tensor
 ) -> torch.Tensor:
     """The operator of one layer, as a graph calls it: `[B, N, C]` in autocast's dtype, if that is on."""
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     states, masks = ([], []) if images is None else (images.states, images.masks or [])
-    made: torch.Tensor = torch.ops.memkern.cross_attention(x, context, states, masks, mask, number, autocast)
+    made: torch.Tensor = torch.ops.memkern.cross_attention(x, context, states, masks, mask, number, _autocast(x))
     return made
+
+
+def attend_once(x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """The operator of a self-attention whose equal rows are computed once: `[B, N, C]` in autocast's dtype."""
+    made: torch.Tensor = torch.ops.memkern.self_attention(x, number, _autocast(x))
+    return made
+
+
+def _autocast(x: torch.Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def is_exported() -> bool:
