@@ -144,17 +144,37 @@ def project_rows(
     x: torch.Tensor, to_q: Product, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float,
     to_out: Product, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """A layer of one sequence into `out`: to_q, `biased_attention`, to_out; float32, float16 or bfloat16.
+    """A layer of some sequences into `out`: to_q, `biased_attention`, to_out; float32, float16 or bfloat16.
 
     Args:
-        x, out: `[N, C]`, contiguous.
-        k, v: `[1, H, n, D]`.
-        bias: float32 `[1, 1, n]`, contiguous.
+        x, out: `[B, N, C]`, contiguous; B is 1, or as many as `sequences_at_once` says.
+        k, v: `[B, H, n, D]`.
+        bias: float32 `[B, 1, n]`, contiguous.
     """
+    if len(x) > 1:
+        out.copy_(project_batch(x, to_q, k, v, bias, scale, to_out))
+        return
+    x, out = x[0], out[0]
     for rows in _tiles(x.shape[0], PROJECTED_BYTES // max(1, x.shape[1] * x.itemsize)):
-        q = to_q(x[rows])
-        heads = _biased_attention(q.view(1, len(q), k.shape[1], -1), k, v, bias, scale)
-        to_out(heads.view_as(q), out[rows])
+        to_out(_attended(to_q(x[rows]), k, v, bias, scale), out[rows])
+
+
+def project_batch(
+    x: torch.Tensor, to_q: Product, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float, to_out: Product
+) -> torch.Tensor:
+    """The same of all sequences at once, where their queries are few."""
+    out = to_out(_attended(to_q(x.view(-1, x.shape[2])), k, v, bias, scale))
+    return out.view(x.shape)
+
+
+def sequences_at_once(x: torch.Tensor) -> int:
+    """How many sequences of hidden states `[B, N, C]` are best projected together: weights are read once for them."""
+    return max(1, PROJECTED_BYTES // max(1, x.shape[1] * x.shape[2] * x.itemsize))
+
+
+def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+    heads: torch.Tensor = _biased_attention(q.view(k.shape[0], -1, k.shape[1], k.shape[3]), k, v, bias, scale)
+    return heads.view(q.shape)
 
 
 def absorbed_attention(

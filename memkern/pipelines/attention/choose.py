@@ -12,7 +12,8 @@ from ...ops import backends
 from .layer import Layer
 from .paths import Attend, absorbed, compute_dtype, projected
 from .sources import Source
-from .weights import Weights, keeping_refusals, reading_refusals, whole_refusals
+from .state import Weights
+from .weights import keeping_refusals, reading_refusals, whole_refusals
 
 Path = Literal["absorbed", "projected", "former"]
 
@@ -105,22 +106,20 @@ class Prepared:
         attend: how; None for the layer's own processor.
         weights: what it was computed from; None where nothing is kept.
         size: bytes kept.
-        is_read: whether it was computed from all weights themselves, and not from K and V alone.
     """
 
     choice: Choice
     attend: Attend | None
     weights: Weights | None = None
     size: int = 0
-    is_read: bool = False
 
-    def valid(self, layer: Layer) -> bool:
-        """Whether it was computed from the weights that the layer has now."""
-        if self.weights is None:
-            return True
-        if not self.is_read:
-            return not keeping_refusals(layer) and self.weights.unchanged(layer, layer.key_value_modules)
-        return not reading_refusals(layer) and self.weights.unchanged(layer, layer.modules)
+    def valid(self, layer: Layer, *, by_value: bool = True) -> bool:
+        """Whether it was computed from the weights that the layer has now.
+
+        Args:
+            by_value: whether their values are looked at although writes to them are counted.
+        """
+        return self.weights is None or self.weights.unchanged(layer, by_value=by_value)
 
 
 def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor, backend: str) -> Prepared:
@@ -158,15 +157,15 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
     if fastest == "absorbed":
         made = absorbed(layer, source, backend, context, dtype)
         if made is not None:
-            return Prepared(choice, made[0], Weights(layer, layer.modules), made[1], is_read=True)
+            return Prepared(choice, made[0], Weights(layer, is_read=True), made[1])
         choice = replace(choice, path="projected", reasons=(f"multiplied out it is beyond {dtype}",))
     if unkept:
         return Prepared(choice, projected(layer, source, backend))
     if unreadable or layer.kind == "images":
-        made_of = Weights(layer, layer.key_value_modules)
+        made_of = Weights(layer, is_read=False)
         return Prepared(choice, projected(layer, source, backend, context), made_of, keys)
     kept = projected(layer, source, backend, context, readable=True)
-    return Prepared(choice, kept, Weights(layer, layer.modules), keys, is_read=True)
+    return Prepared(choice, kept, Weights(layer, is_read=True), keys)
 
 
 def without_kernels(x: torch.Tensor, dtype: torch.dtype, backend: str) -> list[str]:

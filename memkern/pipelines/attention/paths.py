@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -189,24 +190,45 @@ def _absorbed_rows(
     return attend, sum(softmax.nbytes + output.nbytes for softmax, output in parts)
 
 
+class _Part(NamedTuple):
+    """Some sequences of a batch, and their keys."""
+
+    rows: slice
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor
+
+
 def _projected_rows(layer: Layer, source: Source, k: torch.Tensor, v: torch.Tensor) -> Attend:
-    """On the CPU every sequence has its own keys alone, and its queries go through the layer in tiles."""
+    """On the CPU every sequence has its own keys alone, and its queries go through the layer in tiles; sequences of few
+    queries go through it together.
+    """
     attn = layer.attn
     to_q, to_out = (
         cpu.Product(module.weight.detach().to(k.dtype), None if module.bias is None else module.bias.to(k.dtype))
         for module in (attn.to_q, attn.to_out[0])
     )
     keys, scale = source.keys, layer.scale
-    parts = [
-        (k[b : b + 1, :, :left], v[b : b + 1, :, :left], keys.bias[b : b + 1, None, :left].contiguous())
-        for b, left in enumerate(keys.counts)
-    ]
+
+    @functools.cache
+    def parts(at_once: int) -> list[_Part]:
+        found = []
+        for start in range(0, len(k), at_once):
+            some = slice(start, start + at_once)
+            left = max(keys.counts[some])
+            bias = keys.bias[some, None, :left].contiguous()
+            found.append(_Part(some, k[some, :, :left], v[some, :, :left], bias))
+        return found
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
         rows = x.to(k.dtype).contiguous()
+        at_once = min(len(rows), cpu.sequences_at_once(rows))
+        if at_once == len(rows):
+            _, k_all, v_all, bias = parts(at_once)[0]
+            return _finished(attn, cpu.project_batch(rows, to_q, k_all, v_all, bias, scale, to_out), x)
         out = torch.empty_like(rows)
-        for b, part in enumerate(parts):
-            cpu.project_rows(rows[b], to_q, *part, scale, to_out, out[b])
+        for some, k_part, v_part, bias in parts(at_once):
+            cpu.project_rows(rows[some], to_q, k_part, v_part, bias, scale, to_out, out[some])
         return _finished(attn, out, x)
 
     return attend

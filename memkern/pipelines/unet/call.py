@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from ...scope import layer_size
+from ..attention.choose import Prepared
+from ..attention.layer import Layer
+from ..attention.paths import compute_dtype
 from ..session import Session
 from .contexts import Context
 from .kv_stage import Active
+from .ready import Ready
 from .schedule import Place
 
 
@@ -77,10 +81,39 @@ class Call:
                 self.session.unmitigated(f"{name} {self.causes[name].removeprefix('it ')}")
             return None
         self.reached.add(name)
-        size = layer_size(x.shape[1], self.place.sample)
-        if size is not None:
-            self.sizes |= {f"{size[0]}x{size[1]}", *([str(size[0])] if size[0] == size[1] else [])}
+        self.sizes |= self._sizes(x)
         return active if any(active) else ()
+
+    def _sizes(self, x: torch.Tensor) -> frozenset[str]:
+        """What an edit's scope may call the resolution of a layer with hidden states x."""
+        size = layer_size(x.shape[1], self.place.sample)
+        if size is None:
+            return frozenset()
+        height, width = size
+        return frozenset([f"{height}x{width}", *([str(height)] if height == width else [])])
+
+    def make_ready(self, known: Context, prepared: Prepared, layer: Layer, x: torch.Tensor) -> None:
+        """Let a layer do from now on what it has just done, unless edits change with the steps."""
+        if not known.is_edited or (known.edits is not None and not known.edits.follows_steps):
+            sizes = self._sizes(x) if known.is_edited else frozenset()
+            known.ready[id(layer.attn)] = Ready(
+                prepared, layer, x.shape, x.dtype, compute_dtype(x), self.place.sample, sizes
+            )
+
+    def ready(
+        self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+    ) -> Ready | None:
+        """What a layer has been made ready to do, if it is called as it was then; it counts as reached."""
+        known = self.known
+        if known is None or context is not self.context or mask is not None or not (self.computes and self.accelerates):
+            return None
+        found = known.ready.get(id(attn))
+        if found is None or found.layer.attn is not attn or not found.takes(x, self.place.sample, by_value=self.direct):
+            return None
+        if known.is_edited:
+            self.reached.add(name)
+            self.sizes |= found.sizes
+        return found
 
 
 CALL: ContextVar[Call | None] = ContextVar("memkern_unet_call", default=None)

@@ -21,6 +21,7 @@ from ..attention.sources import Source, unedited
 from ..family import outputs
 from ..session import Session
 from .kv_stage import Active, RowEdits
+from .ready import Ready
 
 Key = tuple[int, torch.dtype, Active]
 """What is kept is found by: the layer, what its products are computed in, and the edits in force."""
@@ -34,6 +35,7 @@ class Context:
         edits: what is done to their keys and values.
         is_edited: whether anything is.
         is_counted: whether its rows have been counted as having reached the UNet.
+        ready: by a layer's id, what it does from now on.
     """
 
     def __init__(self, tensor: torch.Tensor, forget: Callable[[Any], None] | None = None) -> None:
@@ -45,6 +47,7 @@ class Context:
         self._sources: dict[Active, Source | None] = {}
         self._visited: set[Key] = set()
         self._prepared: dict[Key, Prepared] = {}
+        self.ready: dict[int, Ready] = {}
 
     def recognise(self, tensor: torch.Tensor, session: Session, *, direct: bool = False) -> None:
         """Find out what its rows are: by identity, else by value.
@@ -65,25 +68,28 @@ class Context:
 
     def attend(
         self, layer: Layer, x: torch.Tensor, tensor: torch.Tensor, images: Images | None, active: Active, backend: str,
-        *, keep: bool,
-    ) -> tuple[torch.Tensor | None, Prepared | None]:  # fmt: skip
-        """A layer's output, None where its own processor is to compute it, and what was prepared for it just now.
+        *, keep: bool, by_value: bool = True,
+    ) -> tuple[torch.Tensor | None, Prepared | None, bool]:  # fmt: skip
+        """A layer's output, None where its own processor is to compute it; what is prepared for it, and whether that
+        was made just now.
 
         Args:
             active: the edits in force; empty for none.
             keep: whether what is computed from the context may be kept for the next step.
+            by_value: whether the weights' values are looked at although writes to them are counted.
         """
         source = self._source(tensor, active, backend) if active else None
         key = id(layer.attn), compute_dtype(x), () if source is None else active
         if not keep or key not in self._visited:
             self._visited.add(key)
             if source is None:
-                return None, None
-            return projected(layer, source, backend)(x, tensor, images), None
-        prepared, made = self._prepared.get(key), None
-        if prepared is None or not prepared.valid(layer):
-            prepared = made = self._prepared[key] = prepare(layer, x, source or self._whole(tensor), tensor, backend)
-        return None if prepared.attend is None else prepared.attend(x, tensor, images), made
+                return None, None, False
+            return projected(layer, source, backend)(x, tensor, images), None, False
+        prepared, is_new = self._prepared.get(key), False
+        if prepared is None or not prepared.valid(layer, by_value=by_value):
+            prepared, is_new = prepare(layer, x, source or self._whole(tensor), tensor, backend), True
+            self._prepared[key] = prepared
+        return None if prepared.attend is None else prepared.attend(x, tensor, images), prepared, is_new
 
     def _source(self, tensor: torch.Tensor, active: Active, backend: str) -> Source | None:
         """The context under the edits that are in force; None where they leave all its rows alone."""

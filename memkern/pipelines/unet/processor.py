@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from typing import Any, Protocol
 
@@ -26,6 +27,10 @@ class Computes(Protocol):
 
     is_placed: bool
     edits_kv: bool
+
+    @property
+    def call(self) -> Any:
+        """The call of the UNet that is under way."""
 
     def attend(
         self, name: str, attn: Any, former: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None,
@@ -118,6 +123,9 @@ class CrossAttentionProcessor(LayerProcessor):
         return attn.spatial_norm is not None or traced.is_exported() or self.attn is not attn
 
     # Which rows are edited how is found in the values of the context, which a traced graph does not look at.
+    # diffusers asks each layer's processor for its parameters in each step.
+    __call__.__signature__ = inspect.signature(__call__)  # type: ignore[attr-defined]
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(
         self,
@@ -130,6 +138,11 @@ class CrossAttentionProcessor(LayerProcessor):
         """The layer's output, of a context `[B, L, D]` and of the images beside it."""
         site = self.site
         if site is not None and site.is_placed:
+            call = site.call
+            ready = None if call is None or images is not None else call.ready(self.name, attn, x, context, mask)
+            if ready is not None:
+                again = ready.prepared.attend
+                return self._former(attn, x, context, mask) if again is None else again(x, context, None)
             out = site.attend(self.name, attn, self.former, x, context, mask, images)
             if out is not None:
                 return out

@@ -269,12 +269,18 @@ class Site:
             if not active:
                 return None
         layer = Layer(attn, former)
-        out, made = known.attend(layer, x, context, images, active, session.settings.backend, keep=reason is None)
-        if made is not None:
-            session.layers[name] = made.choice
+        out, prepared, is_new = known.attend(
+            layer, x, context, images, active, session.settings.backend, keep=reason is None, by_value=call.direct
+        )
+        if prepared is None:
+            if active:
+                session.layers.setdefault(name, "edited, nothing kept")
+            return out
+        if is_new:
+            session.layers[name] = prepared.choice
             session.keeps()
-        elif active and name not in session.layers:
-            session.layers[name] = "edited, nothing kept"
+        if images is None:
+            call.make_ready(known, prepared, layer, x)
         return out
 
 
