@@ -55,7 +55,7 @@ class Plan:
         names = ("source", "k_scale", "v_scale", "bias")
         return all(torch.equal(getattr(self, name), getattr(other, name)) for name in names)
 
-    def rows(self, part: slice) -> Plan:
+    def rows(self, part: slice | list[int]) -> Plan:
         """The plan of some of the rows."""
         return Plan(self.source[part], self.k_scale[part], self.v_scale[part], self.bias[part])
 

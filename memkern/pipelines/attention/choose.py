@@ -139,9 +139,7 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
     sizes = x.shape[1], x.shape[2], attn.heads
     rates = RATES[x.device.type if x.device.type == "cpu" else "cuda", min(4, dtype.itemsize)]
     paths: list[Path] = ["former", "projected", "absorbed"]
-    times = {
-        path: 1e3 * seconds(path, *sizes, source.keys.counts, source.length, rates, dtype.itemsize) for path in paths
-    }
+    times = {path: 1e3 * seconds(path, *sizes, source.counts, source.length, rates, dtype.itemsize) for path in paths}
     if unreadable or source.attenuation or layer.kind == "images":
         del times["absorbed"]
     fastest = min(times, key=lambda path: times[path])
@@ -150,10 +148,10 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
         fastest = min(times, key=lambda path: times[path])
     elif times[fastest] >= MARGIN * times["former"]:
         fastest = "former"
-    choice = Choice(fastest, source.keys.counts, sizes, times, tuple(unreadable), tuple(unkept))
+    choice = Choice(fastest, source.counts, sizes, times, tuple(unreadable), tuple(unkept))
     if fastest == "former":
         return Prepared(choice, None)
-    keys = 2 * sum(source.keys.counts) * x.shape[2] * dtype.itemsize
+    keys = 2 * source.keys.index.numel() * x.shape[2] * dtype.itemsize
     if fastest == "absorbed":
         made = absorbed(layer, source, backend, context, dtype)
         if made is not None:

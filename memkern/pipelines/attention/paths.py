@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -13,6 +13,7 @@ from ... import ops
 from ...ops import cpu
 from ...ops.attention import zero_excluded
 from .layer import Images, Layer
+from .rows import Segment
 from .sources import Source
 
 Attend = Callable[[torch.Tensor, torch.Tensor, Images | None], torch.Tensor]
@@ -106,16 +107,29 @@ def _text(
         return split_heads(k, attn.heads), split_heads(v, attn.heads)
 
     kept = None if context is None else project(context)
+    segments = tuple(source.rows.segments())
 
     def attend(q: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         # What is called may leave autocast's dtype to others.
         k, v = (rows.to(q.dtype) for rows in kept or project(context))
-        q = split_heads(q, attn.heads)
-        k = source.attenuated(q, k, layer.scale)
-        heads: torch.Tensor = ops.biased_attention(q, k, v, source.keys.bias, layer.scale, backend=backend)
-        return heads.transpose(1, 2).flatten(2)
+
+        def attend_to(q: torch.Tensor, part: slice) -> torch.Tensor:
+            q = split_heads(q, attn.heads)
+            k_part, bias = source.attenuated(q, k[part], layer.scale), source.keys.bias[part]
+            heads: torch.Tensor = ops.biased_attention(q, k_part, v[part], bias, layer.scale, backend=backend)
+            return heads.transpose(1, 2).flatten(2)
+
+        return _by_segment(segments, q, attend_to)
 
     return attend, kept
+
+
+def _by_segment(
+    segments: tuple[Segment, ...], x: torch.Tensor, compute: Callable[[torch.Tensor, slice], torch.Tensor]
+) -> torch.Tensor:
+    """What `compute` makes of rows `[B, N, C]`: of a segment's rows folded, and which distinct ones they read."""
+    made = [compute(one.folded(x), one.distinct).view(-1, x.shape[1], x.shape[2]) for one in segments]
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 def _finished(attn: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -155,48 +169,47 @@ def absorbed(
     if dtype == torch.float16 and not (a.isfinite().all() & vo.isfinite().all()):
         return None
     if on_cpu:
-        return _absorbed_rows(attn, a, bias, vo, out_bias, source.keys.counts)
+        return _absorbed_rows(attn, a, bias, vo, out_bias, source)
 
-    vo = zero_excluded(vo, bias)
+    vo, segments = zero_excluded(vo, bias), tuple(source.rows.segments())
+
+    def attend_to(x: torch.Tensor, part: slice) -> torch.Tensor:
+        out: torch.Tensor = ops.absorbed_attention(
+            x, a[part], bias[part], vo[part], out_bias, zeroed=True, backend=backend
+        )
+        return out
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
-        out = ops.absorbed_attention(x.to(dtype), a, bias, vo, out_bias, zeroed=True, backend=backend)
-        return _finished(attn, out, x)
+        return _finished(attn, _by_segment(segments, x.to(dtype), attend_to), x)
 
     return attend, a.nbytes + vo.nbytes
 
 
 def _absorbed_rows(
     attn: Any, a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None,
-    counts: tuple[int, ...],
+    source: Source,
 ) -> tuple[Attend, int]:  # fmt: skip
     """On the CPU every sequence is as wide as its own keys, up to a multiple of 8 over all heads."""
     heads, channels, dtype = a.shape[1], a.shape[3], vo.dtype
     step = 8 // math.gcd(heads, 8)
     parts = []
-    for b, left in enumerate(counts):
+    for b, left in enumerate(source.keys.counts):
         width = -(-max(1, left) // step) * step
         own_a, own_vo = (rows[b, :, :width].reshape(-1, channels) for rows in (a, vo))  # [H·n, C]
         own_bias = bias[b, ..., :width].reshape(-1, width).contiguous()
         parts.append((cpu.Softmax(own_a, own_bias, dtype), cpu.Product(own_vo.mT, out_bias)))
 
+    segments = tuple(source.rows.segments())
+
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
         rows = x.to(dtype).contiguous()
         out = torch.empty_like(rows)
-        for b, part in enumerate(parts):
-            cpu.absorb_rows(rows[b], *part, out[b])
+        for one in segments:
+            for row, made, part in zip(one.folded(rows), one.folded(out), parts[one.distinct], strict=True):
+                cpu.absorb_rows(row, *part, made)
         return _finished(attn, out, x)
 
     return attend, sum(softmax.nbytes + output.nbytes for softmax, output in parts)
-
-
-class _Part(NamedTuple):
-    """Some sequences of a batch, and their keys."""
-
-    rows: slice
-    k: torch.Tensor
-    v: torch.Tensor
-    bias: torch.Tensor
 
 
 def _projected_rows(layer: Layer, source: Source, k: torch.Tensor, v: torch.Tensor) -> Attend:
@@ -208,27 +221,27 @@ def _projected_rows(layer: Layer, source: Source, k: torch.Tensor, v: torch.Tens
         cpu.Product(module.weight.detach().to(k.dtype), None if module.bias is None else module.bias.to(k.dtype))
         for module in (attn.to_q, attn.to_out[0])
     )
-    keys, scale = source.keys, layer.scale
+    keys, scale, segments = source.keys, layer.scale, tuple(source.rows.segments())
 
     @functools.cache
-    def parts(at_once: int) -> list[_Part]:
-        found = []
-        for start in range(0, len(k), at_once):
-            some = slice(start, start + at_once)
-            left = max(keys.counts[some])
-            bias = keys.bias[some, None, :left].contiguous()
-            found.append(_Part(some, k[some, :, :left], v[some, :, :left], bias))
-        return found
+    def part(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        left = max(keys.counts[start:end])
+        return k[start:end, :, :left], v[start:end, :, :left], keys.bias[start:end, None, :left].contiguous()
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
         rows = x.to(k.dtype).contiguous()
-        at_once = min(len(rows), cpu.sequences_at_once(rows))
-        if at_once == len(rows):
-            _, k_all, v_all, bias = parts(at_once)[0]
-            return _finished(attn, cpu.project_batch(rows, to_q, k_all, v_all, bias, scale, to_out), x)
+        whole = segments[0].folded(rows)
+        if len(segments) == 1 and len(whole) <= cpu.sequences_at_once(whole):
+            made = cpu.project_batch(whole, to_q, *part(0, len(whole)), scale, to_out)
+            return _finished(attn, made.view(x.shape), x)
         out = torch.empty_like(rows)
-        for some, k_part, v_part, bias in parts(at_once):
-            cpu.project_rows(rows[some], to_q, k_part, v_part, bias, scale, to_out, out[some])
+        for one in segments:
+            folded, made, first = one.folded(rows), one.folded(out), one.distinct.start
+            at_once = cpu.sequences_at_once(folded)
+            for start in range(0, len(folded), at_once):
+                some = slice(start, start + at_once)
+                kept = part(first + start, min(first + start + at_once, one.distinct.stop))
+                cpu.project_rows(folded[some], to_q, *kept, scale, to_out, made[some])
         return _finished(attn, out, x)
 
     return attend

@@ -12,6 +12,7 @@ from ...coalesce import Keys, coalesce, coalesce_plan, every_key
 from ...ops.attention import wide
 from ...plan import Plan
 from .layer import Layer
+from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,28 @@ class Attenuation:
 
 @dataclass(frozen=True)
 class Source:
-    """The keys and values of a context, before any layer's weights.
+    """The keys and values of a context, before any layer's weights; once for rows that are the same.
 
     Attributes:
-        keys: which are left.
+        rows: which of the batch's rows those are.
+        keys: which are left, of each distinct row.
         length: L of the context.
-        project: from a layer and the context to k and v of them, `[B, n, C]` each.
+        project: from a layer and the context to k and v of them, `[R, n, C]` each.
         attenuation: what depends on the queries.
         edited: whether the layer's own processor, which knows of no edits, would compute something else.
     """
 
+    rows: Rows
     keys: Keys
     length: int
     project: Callable[[Layer, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     attenuation: tuple[Attenuation, ...] = ()
     edited: bool = False
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many keys each row of the batch has left."""
+        return tuple(self.keys.counts[number] for number in self.rows.which)
 
     def attenuated(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         """k `[B, H, n, D]` as the queries q `[B, H, N, D]` leave it."""
@@ -62,12 +70,13 @@ class Source:
 
 def unedited(context: torch.Tensor) -> Source:
     """The context as it is: zero rows are one key, and so are runs of equal rows."""
-    keys = coalesce(context)
+    rows = Rows.of(context)
+    keys = coalesce(rows.distinct(context))
 
     def project(layer: Layer, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return layer.key_value(keys.rows(context))
+        return layer.key_value(keys.rows(rows.distinct(context)))
 
-    return Source(keys, context.shape[1], project)
+    return Source(rows, keys, context.shape[1], project)
 
 
 def edited(
@@ -88,22 +97,27 @@ def edited(
         bank: `[B, M, D]`, the rows that the plan reads beside the context's own.
         attenuation: with `selected` `[B, L]` on the host; no two keys are made one then.
         backend: of `edit_kv`.
-        coalesced: whether equal keys may be made one.
+        coalesced: whether equal keys, and rows of the batch that are the same, may be made one.
         columns: what is done to the context before the plan, where encoders' columns are edited differently; no two
             keys are made one then.
     """
+    rows = Rows.all_different(len(context))
+    if coalesced and not attenuation and columns is None:
+        read = (context, *(() if bank is None else (bank,)), plan.source, plan.k_scale, plan.v_scale, plan.bias)
+        rows = Rows.of(*read)
+        plan, bank = plan.rows(list(rows.first)), None if bank is None else rows.distinct(bank)
     keys = coalesce_plan(plan) if coalesced and not attenuation and columns is None else every_key(plan)
     keys = Keys(keys.index.to(context.device), keys.bias.to(context.device), keys.counts)
     source, k_scale, v_scale = (
-        rows.to(context.device, non_blocking=True) for rows in (plan.source, plan.k_scale, plan.v_scale)
+        part.to(context.device, non_blocking=True) for part in (plan.source, plan.k_scale, plan.v_scale)
     )
     # What a logit is multiplied by; a key that is zeroed keeps its own.
     factor = torch.where(v_scale != 0, k_scale / v_scale, torch.ones_like(v_scale)).unsqueeze(-1)
 
     def project(layer: Layer, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = context if columns is None else columns(context)
-        shift = layer.key_value_shift(rows)
-        k, v = _without(shift, layer.key_value(rows))
+        read = rows.distinct(context if columns is None else columns(context))
+        shift = layer.key_value_shift(read)
+        k, v = _without(shift, layer.key_value(read))
         k_bank, v_bank = (None, None) if bank is None else _without(shift, layer.key_value(bank))
         k, v = ops.edit_kv(k, v, k_bank, v_bank, source, k_scale, v_scale, backend=backend)
         if shift is not None:
@@ -115,7 +129,7 @@ def edited(
         selected = part.selected.to(context.device).gather(1, keys.index)
         # What pads the keys stands for none of them, and is not judged among them.
         moved.append(Attenuation(part.factor, part.threshold, selected & (keys.bias != -torch.inf)))
-    return Source(keys, context.shape[1], project, tuple(moved), edited=True)
+    return Source(rows, keys, context.shape[1], project, tuple(moved), edited=True)
 
 
 def _without(

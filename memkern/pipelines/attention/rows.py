@@ -1,0 +1,84 @@
+"""Rows of a batch that read the same keys and values: several images of a prompt, the negative of several prompts.
+
+They are projected and kept once. Rows that follow each other go through a kernel as one longer sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ...seen import fingerprints
+
+
+class Segment(NamedTuple):
+    """Rows of a batch that follow each other: so many distinct ones, each as many times in a row.
+
+    Attributes:
+        batch: which of the batch.
+        distinct: which of the distinct ones.
+        times: how often each comes.
+    """
+
+    batch: slice
+    distinct: slice
+    times: int
+
+    def folded(self, rows: torch.Tensor) -> torch.Tensor:
+        """The segment's rows of `[B, N, ...]` as one sequence for each distinct one, `[R, times · N, ...]`."""
+        part = rows[self.batch]
+        return part.reshape(part.shape[0] // self.times, self.times * part.shape[1], *part.shape[2:])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a batch are the same.
+
+    Attributes:
+        which: for each row the number of the distinct one that it is, in the order in which they come first.
+        first: for each distinct one the first row that is it.
+    """
+
+    which: tuple[int, ...]
+    first: tuple[int, ...]
+
+    @classmethod
+    def of(cls, *tensors: torch.Tensor) -> Rows:
+        """Rows with the same bits in all of `tensors`, `[B, ...]` each. A device sync for each device."""
+        found: list[list[int]] = []
+        for device in dict.fromkeys(tensor.device for tensor in tensors):
+            own = [fingerprints(tensor) for tensor in tensors if tensor.device == device]
+            found.extend(torch.stack(own).tolist())
+        numbers: dict[tuple[int, ...], int] = {}
+        which = tuple(numbers.setdefault(values, len(numbers)) for values in zip(*found, strict=True))
+        return cls(which, tuple(which.index(number) for number in range(len(numbers))))
+
+    @classmethod
+    def all_different(cls, count: int) -> Rows:
+        """Each row for itself."""
+        return cls(tuple(range(count)), tuple(range(count)))
+
+    @property
+    def differ(self) -> bool:
+        """Whether each row is one of its own."""
+        return len(self.first) == len(self.which)
+
+    def distinct(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[R, ...]` of `[B, ...]`."""
+        return rows if self.differ else rows[list(self.first)]
+
+    def segments(self) -> Iterator[Segment]:
+        """The batch from its first row to its last, in as few segments as there can be."""
+        runs = [(number, len(list(run))) for number, run in itertools.groupby(self.which)]
+        start = 0
+        while runs:
+            number, times = runs[0]
+            # As long as the next ones are kept next to it, and come as often.
+            count = next((i for i, run in enumerate(runs) if run != (number + i, times)), len(runs))
+            stop = start + count * times
+            yield Segment(slice(start, stop), slice(number, number + count), times)
+            start, runs = stop, runs[count:]
