@@ -242,14 +242,8 @@ class Site:
         images: Images | None,
     ) -> torch.Tensor | None:  # fmt: skip
         """A layer's output; None where its former processor is to compute it."""
-        call = self.call
-        if call is None:
-            # A layer that is called by itself.
-            whose = _whose(self, context)
-            if whose is None:
-                return None
-            call = Call(self, *whose)
-        if not call.computes:
+        call = self.call or _alone(self, context)
+        if call is None or not call.computes:
             return None
         known, session = call.known, call.session
         if known is None or call.context is not context:
@@ -282,6 +276,12 @@ class Site:
         if images is None:
             call.make_ready(known, prepared, layer, x)
         return out
+
+
+def _alone(site: Site, context: torch.Tensor) -> Call | None:
+    """What stands for the call of a UNet where a layer is called by itself."""
+    whose = _whose(site, context)
+    return None if whose is None else Call(site, *whose)
 
 
 def _is_left_out(site: Site) -> bool:
