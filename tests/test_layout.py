@@ -27,6 +27,7 @@ seen
 ledger
 coalesce
 ops
+timings
 embeddings
 pipelines.holders
 pipelines.family

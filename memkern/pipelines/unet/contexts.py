@@ -16,6 +16,7 @@ from ...ledger import LEDGER, KnownRows
 from ...seen import Seen
 from ..attention.choose import Prepared, prepare
 from ..attention.layer import Images, Layer
+from ..attention.measured import Chooser
 from ..attention.paths import compute_dtype, projected
 from ..attention.sources import Source, unedited
 from ..family import outputs
@@ -65,13 +66,14 @@ class Context:
 
     def attend(
         self, layer: Layer, x: torch.Tensor, tensor: torch.Tensor, images: Images | None, active: Active, backend: str,
-        *, keep: bool,
+        *, keep: bool, chooser: Chooser,
     ) -> tuple[torch.Tensor | None, Prepared | None]:  # fmt: skip
         """A layer's output, None where its own processor is to compute it, and what was prepared for it just now.
 
         Args:
             active: the edits in force; empty for none.
             keep: whether what is computed from the context may be kept for the next step.
+            chooser: tells which path is the fastest.
         """
         source = self._source(tensor, active, backend) if active else None
         key = id(layer.attn), compute_dtype(x), () if source is None else active
@@ -82,7 +84,8 @@ class Context:
             return projected(layer, source, backend)(x, tensor, images), None
         prepared, made = self._prepared.get(key), None
         if prepared is None or not prepared.valid(layer):
-            prepared = made = self._prepared[key] = prepare(layer, x, source or self._whole(tensor), tensor, backend)
+            source = source or self._whole(tensor)
+            prepared = made = self._prepared[key] = prepare(layer, x, source, tensor, backend, chooser)
         return None if prepared.attend is None else prepared.attend(x, tensor, images), made
 
     def _source(self, tensor: torch.Tensor, active: Active, backend: str) -> Source | None:

@@ -269,7 +269,10 @@ class Site:
             if not active:
                 return None
         layer = Layer(attn, former)
-        out, made = known.attend(layer, x, context, images, active, session.settings.backend, keep=reason is None)
+        out, made = known.attend(
+            layer, x, context, images, active, session.settings.backend,
+            keep=reason is None, chooser=session.patch.family.chooser,
+        )  # fmt: skip
         if made is not None:
             session.layers[name] = made.choice
             session.keeps()
