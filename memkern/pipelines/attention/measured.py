@@ -11,7 +11,6 @@ import copy
 import math
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import nn
 from ...coalesce import MULTIPLE, Keys
 from ...ops.backends import tell
 from ...timings import Times, cache_folder, table
+from .clock import Clock
 from .layer import Layer
 from .paths import absorbed, compute_dtype, projected
 from .sources import Source
@@ -34,17 +34,6 @@ Projections = Literal["read", "called", "anew"]
 
 SECONDS = 2.0
 """What a pipeline may spend on timing, unless MEMKERN_CHOICE_SECONDS says otherwise."""
-
-ROUNDS, ENOUGH = (3, 12), 0.1
-"""How often every path is timed, at the least and at the most, and the seconds of timing after which it is enough."""
-
-BURST = 8
-"""Calls that a GPU is given at a time: they take what the host takes, or the device, whichever is longer."""
-
-SCRATCH = 1 << 23
-"""Values that are written between two timings on a CPU, 32 MiB: in a picture a layer does not find its weights in the
-cache either.
-"""
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -183,7 +172,7 @@ class Chooser:
         """What was timed; None where there was no time for it, or it failed."""
         if self.left <= 0:
             return None
-        clock = _Clock(device, self.left)
+        clock = Clock(device, self.left)
         try:
             with torch.no_grad():
                 return clock.compare(calls(layer, shape, device, paths))
@@ -285,55 +274,3 @@ def _source(shape: Shape, device: torch.device) -> Source:
     bias = torch.zeros(position.shape, dtype=torch.float32, device=device)
     keys = Keys(position.where(position < counts, 0), bias.masked_fill(position >= counts, -math.inf), shape.keys)
     return Source(keys, shape.length, lambda layer, context: layer.key_value(keys.rows(context)))
-
-
-class _Clock:
-    """Times calls on a device, their host time included.
-
-    Attributes:
-        spent: seconds by now.
-    """
-
-    def __init__(self, device: torch.device, left: float) -> None:
-        self._device, self._left = device, left
-        self.spent = 0.0
-        on_cpu = device.type == "cpu"
-        self._burst = 1 if on_cpu else BURST
-        self._scratch = torch.zeros(SCRATCH, dtype=torch.float32, device=device) if on_cpu else None
-
-    def compare(self, found: Mapping[str, Callable[[], object]]) -> dict[str, float] | None:
-        """The least milliseconds that each call took, in turns; None where there was no time for one round."""
-        self._wait()
-        for call in found.values():
-            start = time.perf_counter()
-            call()
-            self._wait()
-            self.spent += time.perf_counter() - start if self._burst == 1 else 0.0
-            if self.spent >= self._left:
-                return None
-        best, begun = dict.fromkeys(found, math.inf), self.spent
-        for turn in range(ROUNDS[1]):
-            if turn >= ROUNDS[0] and self.spent - begun > ENOUGH:
-                break
-            # Who comes after whom changes, as what one leaves in the cache helps the next.
-            for path in list(found)[:: -1 if turn % 2 else 1]:
-                best[path] = min(best[path], 1e3 * self._once(found[path]))
-                if self.spent >= self._left:
-                    return best if max(best.values()) < math.inf else None
-        return best
-
-    def _once(self, call: Callable[[], object]) -> float:
-        before = time.perf_counter()
-        if self._scratch is not None:
-            self._scratch.add_(1)
-        start = time.perf_counter()
-        for _ in range(self._burst):
-            call()
-        self._wait()
-        end = time.perf_counter()
-        self.spent += end - before
-        return (end - start) / self._burst
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
