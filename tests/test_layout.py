@@ -44,6 +44,7 @@ pipelines.patching
 pipelines.support
 pipelines.probe
 pipelines
+tuning
 testing
 info
 .

@@ -147,8 +147,8 @@ def prepare(
         return Prepared(Choice("projected", reasons=tuple(reasons)), projected(layer, source, backend))
     unreadable, unkept = reading_refusals(layer), keeping_refusals(layer)
     sizes, counts = (x.shape[1], x.shape[2], attn.heads), source.keys.counts
-    times = _times(layer, x, source, context.shape[-1], backend, chooser, bool(unreadable), bool(unkept))
-    choice = Choice(_fastest(times), counts, sizes, times, tuple(unreadable), tuple(unkept))
+    times = compare(layer, x, source, context.shape[-1], backend, chooser, bool(unreadable), bool(unkept))
+    choice = Choice(fastest(times), counts, sizes, times, tuple(unreadable), tuple(unkept))
     keys = 2 * sum(counts) * x.shape[2] * dtype.itemsize
     if choice.path == "absorbed":
         made = absorbed(layer, source, backend, context, dtype)
@@ -156,7 +156,7 @@ def prepare(
             return Prepared(choice, made[0], Weights(layer, layer.modules), made[1], is_read=True)
         left = {path: took for path, took in times.milliseconds.items() if path != "absorbed"}
         times = replace(times, milliseconds=left)
-        choice = replace(choice, path=_fastest(times), times=times, reasons=(f"multiplied out it is beyond {dtype}",))
+        choice = replace(choice, path=fastest(times), times=times, reasons=(f"multiplied out it is beyond {dtype}",))
     if choice.path == "former":
         return Prepared(choice, None)
     if unkept:
@@ -168,11 +168,17 @@ def prepare(
     return Prepared(choice, kept, Weights(layer, layer.modules), keys, is_read=True)
 
 
-def _times(
+def compare(
     layer: Layer, x: torch.Tensor, source: Source, context_width: int, backend: str, chooser: Chooser,
     unreadable: bool, unkept: bool,
 ) -> Times:  # fmt: skip
-    """What the paths take that are open."""
+    """What the paths take that are open.
+
+    Args:
+        x: hidden states `[B, N, C]`, of which nothing but the shape, dtype and device counts.
+        unreadable: whether the weights cannot be read in place of calling the modules.
+        unkept: whether K and V may not be kept.
+    """
     sizes, counts, length = (x.shape[1], x.shape[2], layer.attn.heads), source.keys.counts, source.length
     device, dtype = x.device, compute_dtype(x)
     estimates = on_card(device, dtype, *sizes, counts, length, context_width)
@@ -192,11 +198,11 @@ def _times(
     return replace(times, milliseconds={path: t for path, t in times.milliseconds.items() if path in is_open})
 
 
-def _fastest(times: Times) -> Path:
+def fastest(times: Times) -> Path:
     """The path to take; the layer's own processor's unless another is faster by a margin."""
     took: dict[Any, float] = times.milliseconds
-    fastest: Path = min(took, key=took.__getitem__)
-    return "former" if "former" in took and took[fastest] >= MARGIN * took["former"] else fastest
+    least: Path = min(took, key=took.__getitem__)
+    return "former" if "former" in took and took[least] >= MARGIN * took["former"] else least
 
 
 def without_kernels(x: torch.Tensor, dtype: torch.dtype, backend: str) -> list[str]:

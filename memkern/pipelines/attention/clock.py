@@ -12,6 +12,9 @@ from ...ops.backends import tell
 ROUNDS, ENOUGH = (3, 12), 0.1
 """How often every call is timed, at the least and at the most, and the seconds of timing after which it is enough."""
 
+LEAST = 2
+"""How many timings of each there must be, where time runs out or others had the processor for the rest."""
+
 BURST = 8
 """Calls that a GPU is given at a time: they take what the host takes, or the device, whichever is longer."""
 
@@ -41,8 +44,8 @@ class Clock:
         self._scratch = torch.zeros(SCRATCH, dtype=torch.float32, device=device) if self._on_cpu else None
 
     def compare(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float] | None:
-        """The least milliseconds that each call took, in turns; None where there was no time for one round, or others
-        had the processor all the while.
+        """The least milliseconds that each call took, in turns; None where there was too little time, or others had the
+        processor all the while.
         """
         for call in calls.values():
             start = time.perf_counter()
@@ -87,7 +90,8 @@ class Clock:
 
 
 def _least(took: Mapping[str, list[float]]) -> dict[str, float] | None:
-    return {name: min(times) for name, times in took.items()} if all(took.values()) else None
+    enough = all(len(times) >= LEAST for times in took.values())
+    return {name: min(times) for name, times in took.items()} if enough else None
 
 
 def _switches() -> int:

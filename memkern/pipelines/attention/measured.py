@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,14 +75,14 @@ class Shape:
         """The shape of a layer with hidden states like x and keys like those of `source`; their numbers count by
         multiples of 8.
         """
-        keys = (min(source.length, max(1, -(-count // MULTIPLE)) * MULTIPLE) for count in source.keys.counts)
         attn = layer.attn
         setting = f"{torch.get_num_threads()} threads"
         if x.is_cuda:
             setting = "TF32" if torch.backends.cuda.matmul.allow_tf32 else ""
+        keys, head_dim = rounded(source.keys.counts, source.length), attn.inner_dim // attn.heads
         return cls(
-            x.shape[1], attn.heads, attn.inner_dim // attn.heads, x.shape[2], tuple(sorted(keys)), source.length,
-            context_width, x.dtype, compute_dtype(x), _former(layer), projections, backend, setting,
+            x.shape[1], attn.heads, head_dim, x.shape[2], keys, source.length, context_width,
+            x.dtype, compute_dtype(x), _former(layer), projections, backend, setting,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -98,6 +98,11 @@ class Shape:
             self.setting,
         ]
         return ", ".join(part for part in parts if part)
+
+
+def rounded(counts: Sequence[int], length: int) -> tuple[int, ...]:
+    """Keys of sequences as they tell shapes apart: multiples of 8, but no more than the context has, in order."""
+    return tuple(sorted(min(length, max(1, -(-count // MULTIPLE)) * MULTIPLE) for count in counts))
 
 
 def _former(layer: Layer) -> str:
