@@ -1,4 +1,4 @@
-"""The command line: `memkern info`, `demo`, `audit`, `screen` and `sweep`."""
+"""The command line: `memkern info`, `demo`, `audit`, `screen`, `sweep` and `tune`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    return {"audit": _audit, "demo": _demo, "screen": _screen, "sweep": _sweep}[options.command](options)
+    return {"audit": _audit, "demo": _demo, "screen": _screen, "sweep": _sweep, "tune": _tune}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     _audit_parser(commands)
     _screen_parser(commands)
     _sweep_parser(commands)
+    _tune_parser(commands)
     return parser
 
 
@@ -113,6 +114,17 @@ def _sweep_parser(commands: Any) -> None:
     sweep.add_argument("--out", type=Path, default=Path("memkern-sweep"), help="folder (default: %(default)s)")
 
 
+def _tune_parser(commands: Any) -> None:
+    about = "times the ways to compute a model's cross-attention on this machine, and keeps which is the fastest"
+    tune = commands.add_parser("tune", help=about)
+    _model_options(tune)
+    tune.add_argument("--size", action="append", type=_size, help="of images, 512x512; several times (the model's)")
+    tune.add_argument("--images", action="append", type=int, help="at once; several times (default: 1)")
+    tune.add_argument("--policy", action="append", type=_policy, help="that is used; several times (as in demo)")
+    tune.add_argument("--no-guidance", action="store_true", help="there are no negative prompts")
+    _device_options(tune)
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
@@ -146,6 +158,15 @@ def _policy(text: str) -> Policy:
         return Policy.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width of "width x height"."""
+    width, _, height = text.partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a width and a height such as 512x768, got {text!r}") from None
 
 
 def _seeds(text: str) -> list[int]:
@@ -194,6 +215,20 @@ def _sweep(options: argparse.Namespace) -> int:
         print(audit.sweep(**given, loras=options.lora))
     except (OSError, TypeError, ValueError, ImportError) as error:
         return _failed("sweep", error)
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from .tuning import tune
+
+    _hush()
+    try:
+        pipe, policies = _load(options), _policies(options)
+        sizes, images = options.size or [None], options.images or [1]
+        found, table = tune(pipe, sizes, images, policies, guidance=not options.no_guidance)
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        return _failed("tune", error)
+    print("\n".join(map(str, found)), table.path, sep="\n")
     return 0
 
 
@@ -270,7 +305,8 @@ def _write_roles(table: str, options: argparse.Namespace) -> Path:
 def _load(options: argparse.Namespace) -> Any:
     from .audit import Model, Protocol, load
 
-    return load(Model(options.model, options.config, tuple(options.lora)), Protocol())
+    made = Protocol(dtype=getattr(options, "dtype", None), device=getattr(options, "device", None))
+    return load(Model(options.model, options.config, tuple(options.lora)), made)
 
 
 if __name__ == "__main__":

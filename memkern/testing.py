@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .pipelines.attention.measured import Chooser
 from .pipelines.session import Session, Settings, Tally
 from .pipelines.unet.site import Site
 from .policy import Policy
@@ -32,6 +33,7 @@ class SiteHolder:
 
     def __init__(self, module: Any) -> None:
         self.in_force, self.tally, self.family = Settings(Policy()), Tally(), self
+        self.chooser = Chooser.from_environment()
         self.session = Session(self.in_force, self, self)  # type: ignore[arg-type]
         self.site = Site.of(module)
         self.site.hold(self, processors=True)

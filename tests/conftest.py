@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from vocabulary import clip_vocabulary
 from memkern.testing import clip_tokenizer, tiny_pipeline
 
 pytest.register_assert_rewrite("field", "fleet")
+
+# What is timed differs from run to run, and takes time; test_measured.py is about it. Subprocesses as well.
+os.environ.setdefault("MEMKERN_CHOICE", "estimated")
+os.environ.setdefault("MEMKERN_CACHE", "off")
 
 # Threads of a process that shares its cores spin; the tensors here are small.
 torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed: no kernels")
 
@@ -12,6 +13,8 @@ from memkern.ops.triton.configs import Card, table
 from memkern.ops.triton.cost import LAUNCH, Rates, Work
 from memkern.ops.triton.estimate import PATHS, Layer, seconds
 from memkern.ops.triton.layers import LAYERS
+from memkern.pipelines.attention import choose
+from memkern.pipelines.attention.estimated import on_card
 
 CARDS = ["sm80", "sm89", "sm90"]
 
@@ -39,6 +42,53 @@ def test_fewer_keys_take_no_longer(family, path):
 
 def test_more_keys_than_a_program_holds_are_estimated_too():
     assert seconds("projected", Layer(1024, 640, 8, (154, 154), 154), Card.typical("sm80")) > 0
+
+
+REVIEWED = [
+    ("sm80", 4096, 320, 8, 77),
+    ("sm80", 4096, 320, 8, 33),
+    ("sm80", 9216, 320, 5, 77),
+    ("sm80", 9216, 320, 5, 33),
+    ("sm80", 1024, 1280, 20, 77),
+    ("sm89", 4096, 320, 8, 77),
+    ("sm89", 4096, 320, 8, 33),
+    ("sm89", 9216, 320, 5, 77),
+    ("sm90", 4096, 320, 8, 77),
+    ("sm90", 4096, 640, 10, 77),
+    ("sm90", 1024, 1280, 20, 77),
+]
+"""Family, N, C, H and keys where what was chosen by operations alone would be slower than the layer's own processor."""
+
+
+@pytest.mark.parametrize(("family", "queries", "width", "heads", "keys"), REVIEWED)
+def test_a_card_is_estimated_by_its_l2_cache_too(monkeypatch, family, queries, width, heads, keys):
+    monkeypatch.setattr(Card, "of", lambda device: Card.typical(family))
+    device, sizes = torch.device("cuda", 0), (queries, width, heads, (keys, keys), 77, 768)
+    times = on_card(device, torch.float16, *sizes)
+    assert times == on_card(device, torch.bfloat16, *sizes)
+    assert min(times.values()) < choose.MARGIN * times["former"]
+    assert on_card(device, torch.float32, *sizes) is None
+    assert on_card(torch.device("cpu"), torch.float16, *sizes) is None
+
+
+def test_a_card_that_is_not_known_is_estimated_otherwise(monkeypatch):
+    def of(device):
+        raise NotImplementedError("triton: no configurations for gfx000")
+
+    monkeypatch.setattr(Card, "of", of)
+    assert on_card(torch.device("cuda", 0), torch.float16, 64, 64, 8, (77,), 77, 768) is None
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("width", "heads"), [(320, 8), (640, 8), (640, 10), (1280, 20)])
+def test_by_operations_alone_fewer_keys_than_c_over_h_minus_1_are_absorbed(size, width, heads):
+    rates = replace(choose.RATES["cuda", size], softmax=1e30, bytes=1e30)
+    for keys in range(1, 200):
+        absorbed, projected = (
+            choose.seconds(path, 4096, width, heads, (keys,), 77, rates, size) for path in ("absorbed", "projected")
+        )
+        if keys * (heads - 1) != width:
+            assert (absorbed < projected) == (keys * (heads - 1) < width)
 
 
 RATES = Rates("a card", 10, 2e12, 1e12, 1e11, 1e6, 1e12)

@@ -27,6 +27,7 @@ seen
 ledger
 coalesce
 ops
+timings
 embeddings
 pipelines.holders
 pipelines.family
@@ -43,6 +44,7 @@ pipelines.patching
 pipelines.support
 pipelines.probe
 pipelines
+tuning
 testing
 info
 .

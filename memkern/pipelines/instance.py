@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from .attention.measured import Chooser
 from .family import outputs
 from .holders import LOCK
 from .patch import Patch
@@ -28,11 +29,12 @@ class Family:
         base: their class, without memkern.
         method: what encodes prompts without memkern; its first argument is the pipeline.
         tally: what the rows of all of them are counted in.
+        chooser: what tells their layers' fastest paths, within one budget of time.
         blocks: how many `patched` blocks keep it patched; None where it is patched until someone unpatches it.
     """
 
     def __init__(self, pipe: Any, settings: Settings) -> None:
-        self.base, self.tally = type(pipe), Tally()
+        self.base, self.tally, self.chooser = type(pipe), Tally(), Chooser.from_environment()
         self.name = outputs.method(pipe)
         self.own = vars(pipe).get(self.name)
         self.method = getattr(self.base, self.name) if self.own is None else _unbound(self.own)

@@ -22,6 +22,7 @@ from ..errors import UnmitigatedError, UnmitigatedWarning
 from ..ledger import KnownRow, RowTable, Stage
 from ..ops import backends
 from ..policy import Branch, Policy
+from .attention.measured import Chooser
 from .family.encoders import EncoderCall, Slot
 
 OnUnknown = Literal["raise", "warn", "pass"]
@@ -181,11 +182,17 @@ class Tally:
         return Tally, ()
 
 
+class Shared(Protocol):
+    """What a pipeline and its copies have in common, as far as a session needs it."""
+
+    chooser: Chooser
+
+
 class Owner(Protocol):
     """What a session knows of the patch it belongs to."""
 
     @property
-    def family(self) -> object:
+    def family(self) -> Shared:
         """What the pipeline shares with its copies."""
 
     @property

@@ -56,7 +56,7 @@ class Status:
         sites: what was replaced.
         backend: the backend asked for, the one in use for CPU tensors, and why not another.
         on_unknown: what happens to rows that would go unedited.
-        layers: cross-attention layer → what it did with the last context, and the estimates behind that.
+        layers: cross-attention layer → what it did with the last context, and the times behind that.
         shared: self-attention → how many rows it computed in the last call, the others being equal.
         reached: what of the last call did not reach the UNet as the policy asks for, and why.
         kept: bytes that the last call kept of its contexts.

@@ -1,21 +1,24 @@
-"""What a layer does with a context: which paths are open, and what each is estimated to take."""
+"""What a layer does with a context: which paths are open, and what each takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 
 from ...ops import backends
+from ...timings import Times
+from .estimated import on_card
 from .layer import Layer
+from .measured import Chooser, Projections
 from .paths import Attend, absorbed, compute_dtype, projected
 from .sources import Source
 from .state import Weights
 from .weights import keeping_refusals, reading_refusals, whole_refusals
 
-Path = Literal["absorbed", "projected", "former"]
+Path = Literal["former", "projected", "absorbed"]
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,20 @@ class Rates:
     bytes: float
 
 
-# The CPU's were measured on two cores with AVX-512, the GPU's are published for an A100.
+# The CPU's were measured on two cores with AVX-512, the GPU's are 0.7 of what is published for an A100: for cards that
+# `on_card` does not know. There the products of either path are as fast, so that n (H - 1) < C decides.
 RATES = {
     ("cpu", 4): Rates(1e11, 8e10, 4.5e10, 2e9, 2e10),
     ("cpu", 2): Rates(2e11, 8e10, 4.5e10, 2e9, 2e10),
-    ("cuda", 4): Rates(9e12, 5e12, 5e12, 1e12, 1.5e12),
-    ("cuda", 2): Rates(1.2e14, 4e13, 4e13, 1e12, 1.5e12),
+    ("cuda", 4): Rates(7e12, 7e12, 7e12, 1e12, 1.5e12),
+    ("cuda", 2): Rates(1.1e14, 1.1e14, 1.1e14, 1e13, 1.5e12),
 }
 
 MARGIN = 0.97
-"""What a path's estimate must be of the layer's own processor's, to be taken instead."""
+"""What a path's time must be of the layer's own processor's, to be taken instead."""
+
+ESTIMATED = Chooser(measures=False)
+"""For layers that are no pipeline's."""
 
 
 def seconds(path: Path, queries: int, width: int, heads: int, keys: Sequence[int], length: int, rates: Rates,
@@ -72,7 +79,7 @@ class Choice:
         path: "absorbed", "projected" or "former", the layer's own processor.
         keys: how many keys each sequence has left.
         sizes: N, C and H.
-        milliseconds: the estimates that were compared, by path.
+        times: what was compared.
         reasons: why a path was not open.
         unkept: why K and V are made anew at each step.
     """
@@ -80,17 +87,16 @@ class Choice:
     path: Path
     keys: tuple[int, ...] = ()
     sizes: tuple[int, int, int] = (0, 0, 0)
-    milliseconds: dict[Path, float] = field(default_factory=dict)
+    times: Times | None = None
     reasons: tuple[str, ...] = ()
     unkept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        estimates = ", ".join(f"{path} {time:.2f}" for path, time in self.milliseconds.items())
         queries, width, heads = self.sizes
         shape = f"N={queries} C={width} H={heads}, keys {'/'.join(map(str, self.keys))}"
         parts = [
             shape if self.keys else "",
-            f"estimates in ms: {estimates}" if estimates else "",
+            str(self.times or ""),
             *self.reasons,
             *self.unkept,
         ]
@@ -122,12 +128,15 @@ class Prepared:
         return self.weights is None or self.weights.unchanged(layer, by_value=by_value)
 
 
-def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor, backend: str) -> Prepared:
-    """What a layer makes of a context that it sees again: the path that is estimated to be fastest.
+def prepare(
+    layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor, backend: str, chooser: Chooser = ESTIMATED
+) -> Prepared:
+    """What a layer makes of a context that it sees again: the path that is fastest.
 
     Args:
         x: hidden states `[B, N, C]`.
         source: the keys and values of `context`.
+        chooser: tells what the paths take.
     """
     attn, dtype = layer.attn, compute_dtype(x)
     reasons = whole_refusals(attn) + without_kernels(x, dtype, backend)
@@ -136,27 +145,19 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
             return Prepared(Choice("former", reasons=tuple(reasons)), None)
         return Prepared(Choice("projected", reasons=tuple(reasons)), projected(layer, source, backend))
     unreadable, unkept = reading_refusals(layer), keeping_refusals(layer)
-    sizes = x.shape[1], x.shape[2], attn.heads
-    rates = RATES[x.device.type if x.device.type == "cpu" else "cuda", min(4, dtype.itemsize)]
-    paths: list[Path] = ["former", "projected", "absorbed"]
-    times = {path: 1e3 * seconds(path, *sizes, source.counts, source.length, rates, dtype.itemsize) for path in paths}
-    if unreadable or source.attenuation or layer.kind == "images":
-        del times["absorbed"]
-    fastest = min(times, key=lambda path: times[path])
-    if source.edited:
-        del times["former"]
-        fastest = min(times, key=lambda path: times[path])
-    elif times[fastest] >= MARGIN * times["former"]:
-        fastest = "former"
-    choice = Choice(fastest, source.counts, sizes, times, tuple(unreadable), tuple(unkept))
-    if fastest == "former":
-        return Prepared(choice, None)
+    sizes, counts = (x.shape[1], x.shape[2], attn.heads), source.counts
+    times = compare(layer, x, source, context.shape[-1], backend, chooser, bool(unreadable), bool(unkept))
+    choice = Choice(fastest(times), counts, sizes, times, tuple(unreadable), tuple(unkept))
     keys = 2 * source.keys.index.numel() * x.shape[2] * dtype.itemsize
-    if fastest == "absorbed":
+    if choice.path == "absorbed":
         made = absorbed(layer, source, backend, context, dtype)
         if made is not None:
             return Prepared(choice, made[0], Weights(layer, is_read=True), made[1])
-        choice = replace(choice, path="projected", reasons=(f"multiplied out it is beyond {dtype}",))
+        left = {path: took for path, took in times.milliseconds.items() if path != "absorbed"}
+        times = replace(times, milliseconds=left)
+        choice = replace(choice, path=fastest(times), times=times, reasons=(f"multiplied out it is beyond {dtype}",))
+    if choice.path == "former":
+        return Prepared(choice, None)
     if unkept:
         return Prepared(choice, projected(layer, source, backend))
     if unreadable or layer.kind == "images":
@@ -164,6 +165,43 @@ def prepare(layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor
         return Prepared(choice, projected(layer, source, backend, context), made_of, keys)
     kept = projected(layer, source, backend, context, readable=True)
     return Prepared(choice, kept, Weights(layer, is_read=True), keys)
+
+
+def compare(
+    layer: Layer, x: torch.Tensor, source: Source, context_width: int, backend: str, chooser: Chooser,
+    unreadable: bool, unkept: bool,
+) -> Times:  # fmt: skip
+    """What the paths take that are open.
+
+    Args:
+        x: hidden states `[B, N, C]`, of which nothing but the shape, dtype and device counts.
+        unreadable: whether the weights cannot be read in place of calling the modules.
+        unkept: whether K and V may not be kept.
+    """
+    sizes, counts, length = (x.shape[1], x.shape[2], layer.attn.heads), source.counts, source.length
+    device, dtype = x.device, compute_dtype(x)
+    estimates = on_card(device, dtype, *sizes, counts, length, context_width)
+    if estimates is None:
+        rates = RATES["cpu" if device.type == "cpu" else "cuda", min(4, dtype.itemsize)]
+        paths: tuple[Path, ...] = get_args(Path)
+        estimates = {path: 1e3 * seconds(path, *sizes, counts, length, rates, dtype.itemsize) for path in paths}
+    called = unreadable or layer.kind == "images"
+    if called or source.attenuation:
+        del estimates["absorbed"]
+    if len(estimates) - source.edited == 1:
+        times = Times(estimates, measured=False)  # there is no choice
+    else:
+        how: Projections = "anew" if unkept else "called" if called else "read"
+        times = chooser.times(layer, x, source, context_width, backend, how, estimates)
+    is_open = estimates.keys() - ({"former"} if source.edited else set())
+    return replace(times, milliseconds={path: t for path, t in times.milliseconds.items() if path in is_open})
+
+
+def fastest(times: Times) -> Path:
+    """The path to take; the layer's own processor's unless another is faster by a margin."""
+    took: dict[Any, float] = times.milliseconds
+    least: Path = min(took, key=took.__getitem__)
+    return "former" if "former" in took and took[least] >= MARGIN * took["former"] else least
 
 
 def without_kernels(x: torch.Tensor, dtype: torch.dtype, backend: str) -> list[str]:

@@ -6,7 +6,7 @@ They are projected and kept once. Rows that follow each other go through a kerne
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +61,12 @@ class Rows:
     def all_different(cls, count: int) -> Rows:
         """Each row for itself."""
         return cls(tuple(range(count)), tuple(range(count)))
+
+    @classmethod
+    def repeated(cls, times: Sequence[int]) -> Rows:
+        """Distinct rows one after the other, each as often as `times` says."""
+        which = tuple(number for number, count in enumerate(times) for _ in range(count))
+        return cls(which, tuple(which.index(number) for number in range(len(times))))
 
     @property
     def differ(self) -> bool:

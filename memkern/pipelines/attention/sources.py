@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from ...ops.attention import wide
 from ...plan import Plan
 from .layer import Layer
 from .rows import Rows
+
+Readers = tuple[tuple[int, int], ...]
+"""Numbers of keys, each with the rows of a batch that read them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,12 @@ class Source:
     def counts(self) -> tuple[int, ...]:
         """How many keys each row of the batch has left."""
         return tuple(self.keys.counts[number] for number in self.rows.which)
+
+    @property
+    def readers(self) -> Readers:
+        """How many keys each distinct row has left, and how many rows of the batch it stands for."""
+        times = Counter(self.rows.which)
+        return tuple((count, times[number]) for number, count in enumerate(self.keys.counts))
 
     def attenuated(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         """k `[B, H, n, D]` as the queries q `[B, H, N, D]` leave it."""

@@ -16,6 +16,7 @@ from ...ledger import LEDGER, KnownRows
 from ...seen import Seen
 from ..attention.choose import Prepared, prepare
 from ..attention.layer import Images, Layer
+from ..attention.measured import Chooser
 from ..attention.paths import compute_dtype, projected
 from ..attention.sources import Source, unedited
 from ..family import outputs
@@ -68,7 +69,7 @@ class Context:
 
     def attend(
         self, layer: Layer, x: torch.Tensor, tensor: torch.Tensor, images: Images | None, active: Active, backend: str,
-        *, keep: bool, by_value: bool = True,
+        *, keep: bool, chooser: Chooser, by_value: bool = True,
     ) -> tuple[torch.Tensor | None, Prepared | None, bool]:  # fmt: skip
         """A layer's output, None where its own processor is to compute it; what is prepared for it, and whether that
         was made just now.
@@ -76,6 +77,7 @@ class Context:
         Args:
             active: the edits in force; empty for none.
             keep: whether what is computed from the context may be kept for the next step.
+            chooser: tells which path is the fastest.
             by_value: whether the weights' values are looked at although writes to them are counted.
         """
         source = self._source(tensor, active, backend) if active else None
@@ -87,7 +89,8 @@ class Context:
             return projected(layer, source, backend)(x, tensor, images), None, False
         prepared, is_new = self._prepared.get(key), False
         if prepared is None or not prepared.valid(layer, by_value=by_value):
-            prepared, is_new = prepare(layer, x, source or self._whole(tensor), tensor, backend), True
+            source = source or self._whole(tensor)
+            prepared, is_new = prepare(layer, x, source, tensor, backend, chooser), True
             self._prepared[key] = prepared
         return None if prepared.attend is None else prepared.attend(x, tensor, images), prepared, is_new
 

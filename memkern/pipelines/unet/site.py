@@ -264,8 +264,9 @@ class Site:
                 return None
         layer = Layer(attn, former)
         out, prepared, is_new = known.attend(
-            layer, x, context, images, active, session.settings.backend, keep=reason is None, by_value=call.direct
-        )
+            layer, x, context, images, active, session.settings.backend,
+            keep=reason is None, chooser=session.patch.family.chooser, by_value=call.direct,
+        )  # fmt: skip
         if prepared is None:
             if active:
                 session.layers.setdefault(name, "edited, nothing kept")
