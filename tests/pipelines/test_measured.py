@@ -223,7 +223,8 @@ def test_shapes_that_are_told_apart():
     torch.set_num_threads(threads)
     assert len({*keys}) == len(keys)
     assert key() == keys[0]
-    assert rounded((1, 8, 9, 70, 76, 77, 0), 77) == (8, 8, 8, 16, 72, 77, 77)
+    readers = [(count, 1) for count in (1, 8, 9, 70, 76, 77, 0)]
+    assert rounded(readers, 77) == tuple((count, 1) for count in (8, 8, 8, 16, 72, 77, 77))
 
 
 def test_modes_that_count_or_make_up_what_is_computed(tmp_path, timed):
