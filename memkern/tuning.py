@@ -60,13 +60,15 @@ def tune(
         What each shape of layer does, and the table where that is kept.
 
     Raises:
-        ValueError: by MEMKERN_CACHE or MEMKERN_CHOICE nothing would be kept or looked up.
+        ValueError: by MEMKERN_CACHE or MEMKERN_CHOICE nothing would be kept or looked up, or there are no images.
     """
     folder = cache_folder()
     if folder is None:
         raise ValueError(f"MEMKERN_CACHE: {OFF} keeps nothing; expected a folder")
     if not Chooser.from_environment().measures:
         raise ValueError("MEMKERN_CHOICE: estimated looks nothing up; expected measured")
+    if min(images, default=0) < 1:
+        raise ValueError(f"images: expected 1 or more, got {list(images)}")
     chooser = Chooser(True, math.inf, folder, again=True)
     batches = list(_batches(policies or [Policy.parse("swap-pad-zero-eot")], images, guidance))
     found: dict[object, choose.Choice] = {}
@@ -89,7 +91,7 @@ def _choice(met: _Met, readers: Readers, backend: str, chooser: Chooser) -> choo
     )
     if whole_refusals(layer.attn) or choose.without_kernels(x, compute_dtype(x), backend):
         return None
-    none = torch.empty(0, device=met.device)
+    none = torch.empty(0, dtype=torch.int64, device=met.device)
     counts, rows = tuple(count for count, _ in readers), Rows.repeated([rows for _, rows in readers])
     source = Source(rows, Keys(none, none, counts), met.length, Layer.key_value)
     unreadable, unkept = bool(reading_refusals(layer)), bool(keeping_refusals(layer))
@@ -104,16 +106,18 @@ def _batches(policies: Sequence[Policy], images: Sequence[int], guidance: bool) 
     for policy in policies:
         for tokens in range(MOST_TOKENS + 1):
             cond = _roles(tokens)
-            keys = coalesce_plan(lower(policy, cond, "cond", cond_roles=cond, context_length=CONTEXT_LENGTH)).counts
+            plans = [lower(policy, cond, "cond", cond_roles=cond, context_length=CONTEXT_LENGTH)]
             if guidance:
-                plan = lower(policy, empty, "uncond", cond_roles=cond, context_length=CONTEXT_LENGTH)
-                keys += coalesce_plan(plan).counts
+                plans.append(lower(policy, empty, "uncond", cond_roles=cond, context_length=CONTEXT_LENGTH))
+                if not tokens and plans[0].equals(plans[1]):
+                    plans.pop()  # both read the same keys
+            rows = 1 + guidance - (len(plans) - 1)
             for count in images:
-                readers = tuple((left, count) for left in keys)
+                readers = [(left, rows * count) for plan in plans for left in coalesce_plan(plan).counts]
                 told = rounded(readers, CONTEXT_LENGTH)
                 if told not in seen:
                     seen.add(told)
-                    yield readers
+                    yield told
 
 
 def _roles(tokens: int) -> torch.Tensor:

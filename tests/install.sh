@@ -33,7 +33,7 @@ BIN="$FOLDER/environment/bin"
 "$PYTHON" -m venv "$FOLDER/environment"
 begin "isolated: no torch to build against, pure Python"
 "$BIN/python" -m pip install --quiet --no-deps .
-"$BIN/python" -m pip install --quiet "$TORCH" diffusers transformers setuptools
+"$BIN/python" -m pip install --quiet "$TORCH" diffusers transformers platformdirs setuptools
 check "without the compiled CPU library: torch was not importable at build time"
 
 begin "not isolated, no compiler"

@@ -9,6 +9,7 @@ from operators import random_plan
 import memkern
 from memkern import ops
 from memkern.ops import backends
+from memkern.pipelines.attention.measured import Chooser
 from memkern.testing import tiny_pipeline
 
 pytestmark = [
@@ -208,3 +209,25 @@ def test_a_patched_pipeline_gives_the_pictures_of_the_cpu(tokenizers, policy):
     for ours, theirs in zip(*embeds, strict=True):
         torch.testing.assert_close(theirs.cpu(), ours, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(latents[1].cpu(), latents[0], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_paths_are_timed_once_and_nothing_of_the_picture_moves(tokenizers, tmp_path, caplog, dtype):
+    """The second pipeline reads what the first one wrote down, and makes the same image."""
+    latents, shown = [], []
+    for _ in range(2):
+        pipe = tiny_pipeline(tokenizers["sd1"]).to("cuda", dtype)
+        patch = memkern.patch(pipe, "zero-pad:0.7")
+        patch.family.chooser = Chooser(True, 60.0, tmp_path)
+        torch.cuda.manual_seed(0)
+        state = torch.cuda.get_rng_state()
+        generator = torch.Generator().manual_seed(0)
+        result = pipe("a cat on a mat", num_inference_steps=4, output_type="latent", generator=generator)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        latents.append(result.images)
+        shown.append([choice.times for choice in patch.last.layers.values()])
+        assert patch.family.chooser.left > 0
+    assert shown[0]
+    assert "no path was timed" not in caplog.text
+    assert shown[0] == shown[1]
+    assert torch.equal(*latents)

@@ -483,6 +483,13 @@ def test_tune_says_where_nothing_would_be_kept(tmp_path, monkeypatch, capsys, na
     assert message in capsys.readouterr().err
 
 
+def test_tune_refuses_no_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MEMKERN_CHOICE", "measured")
+    monkeypatch.setenv("MEMKERN_CACHE", str(tmp_path))
+    assert main(["tune", "--images", "0"]) == 1
+    assert "memkern tune: images: expected 1 or more, got [0]" in capsys.readouterr().err
+
+
 def test_tune_refuses_sizes(capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--size", "large"])

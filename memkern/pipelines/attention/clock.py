@@ -61,7 +61,10 @@ class Clock:
             if fewest >= ROUNDS[0] and self.spent - begun > ENOUGH:
                 break
             if turn > ROUNDS[0] and not fewest:
-                tell("busy", "the processor is busy: paths of layers are estimated, until `memkern tune` times them")
+                tell(
+                    ("clock", "busy"),
+                    "the processor is busy: paths of layers are estimated, until `memkern tune` times them",
+                )
                 return None
             # Who comes after whom changes, as what one leaves in the cache helps the next.
             for name in list(calls)[:: -1 if turn % 2 else 1]:
