@@ -29,6 +29,9 @@ _biased_attention = torch.ops.memkern_cpu.biased_attention.default
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the operators below compute, in float32; anything else is the reference's."""
 
+PANEL = 48
+"""Columns of a that are packed together, at the most."""
+
 TILE_BYTES = 1 << 22
 """Of probabilities, so that they stay in cache between the two products."""
 

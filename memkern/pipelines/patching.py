@@ -46,6 +46,9 @@ def patch(pipe: Any, policy: Policy | str = "swap-pad-zero-eot", **settings: Any
         accelerate: whether the UNet's cross-attention layers are computed by memkern where that is faster;
             False leaves the UNet's own computation as it is, at the embeds stage; "attention" leaves out that equal
             rows go through the UNet's first self-attention once. True.
+        memory: how much may be kept of the contexts of one call of the pipeline: bytes as an int, or a share of the
+            device's whole memory as a float. What does not fit is computed anew at each step. By default 1/32 of the
+            device's memory, and 256 MiB at the most.
         stage: where the policy is applied. "embeds": once, on the text encoder's output. "kv": on the keys and
             values of the UNet's cross-attention layers, which actions on logits and windows of layers and steps
             need. "auto": on the embeddings where that can express the policy. Both give the same image. "auto".

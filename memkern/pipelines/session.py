@@ -18,10 +18,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, get_args
 
+import torch
+
 from ..errors import UnmitigatedError, UnmitigatedWarning
 from ..ledger import KnownRow, RowTable, Stage
 from ..ops import backends
 from ..policy import Branch, Policy
+from .attention.budget import Memory, bytes_of, check_memory
 from .attention.measured import Chooser
 from .family.encoders import EncoderCall, Slot
 
@@ -49,6 +52,7 @@ class Settings:
     accelerate: Accelerate = True
     stage: StageChoice = "auto"
     controlnet: bool = True
+    memory: Memory = None
     report: Callable[[Record], None] | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +66,7 @@ class Settings:
             if value not in allowed:
                 *most, last = map(repr, allowed)
                 raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {value!r}")
+        check_memory(self.memory)
         if self.report is not None and not callable(self.report):
             raise TypeError(f"report: expected a callable that takes a Record, got {self.report!r}")
         backends.require_installed(self.backend)
@@ -314,9 +319,17 @@ class Session:
         found = Counter(outcome for outcome, _ in self._outcomes.values())
         return Counts(found["protected"], found["exempt"], found["unedited"])
 
+    def room(self, device: torch.device) -> int:
+        """Bytes that may be kept of contexts besides those that are."""
+        return max(0, bytes_of(self.settings.memory, device) - self._kept_now)
+
+    @property
+    def _kept_now(self) -> int:
+        return sum(contexts.size for contexts in tuple(self.kept.values()))
+
     def keeps(self) -> None:
         """More is kept of a context than before."""
-        self.size = max(self.size, sum(contexts.size for contexts in tuple(self.kept.values())))
+        self.size = max(self.size, self._kept_now)
 
     def close(self) -> None:
         """The request is over: what it kept is given back; what it came to is told by `status`."""

@@ -60,6 +60,7 @@ class Status:
         shared: self-attention → how many rows it computed in the last call, the others being equal.
         reached: what of the last call did not reach the UNet as the policy asks for, and why.
         kept: bytes that the last call kept of its contexts.
+        turned_down: bytes more that it would have kept, had `memory` had room for them.
         counts: rows since the pipeline was patched.
         notes: what else a user should know.
         prompts: the rows of the last `encode_prompt`, and what the policy does to each.
@@ -74,6 +75,7 @@ class Status:
     shared: dict[str, str] = field(default_factory=dict)
     reached: tuple[str, ...] = ()
     kept: int = 0
+    turned_down: int = 0
     counts: Counts = field(default_factory=Counts)
     notes: tuple[str, ...] = ()
     prompts: tuple[PromptStatus, ...] = ()
@@ -102,6 +104,7 @@ class Status:
             shared={} if last is None else dict(last.shared),
             reached=() if last is None else _reached(last),
             kept=0 if last is None else last.size,
+            turned_down=0 if last is None else _turned_down(last),
             counts=patch.tally.total,
             notes=_notes(patch),
             prompts=() if last is None else edits_of(last),
@@ -119,10 +122,15 @@ class Status:
             *(f"layer       {name}: {choice}" for name, choice in {**self.shared, **self.layers}.items()),
             *(f"unedited    {line}" for line in self.reached),
             *([f"kept        {self.kept} bytes of contexts"] if self.kept else []),
+            *([f"kept        {self.turned_down} bytes fewer than without a limit"] if self.turned_down else []),
             *(f"note        {note}" for note in self.notes),
             *(f"prompt      {prompt}" for prompt in self.prompts),
         ]
         return "\n".join(lines)
+
+
+def _turned_down(session: Session) -> int:
+    return sum(getattr(choice, "turned_down", 0) for choice in session.layers.values())
 
 
 def edits_of(session: Session) -> tuple[PromptStatus, ...]:

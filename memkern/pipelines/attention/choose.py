@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -10,10 +10,11 @@ import torch
 
 from ...ops import backends
 from ...timings import Times
+from .budget import Wish
 from .estimated import on_card
 from .layer import Layer
 from .measured import Chooser, Projections
-from .paths import Attend, absorbed, compute_dtype, projected
+from .paths import Attend, absorbed, absorbed_bytes, compute_dtype, projected
 from .sources import Source
 from .state import Weights
 from .weights import keeping_refusals, reading_refusals, whole_refusals
@@ -82,6 +83,7 @@ class Choice:
         times: what was compared.
         reasons: why a path was not open.
         unkept: why K and V are made anew at each step.
+        turned_down: bytes more that could have been kept, had there been room.
     """
 
     path: Path
@@ -90,6 +92,7 @@ class Choice:
     times: Times | None = None
     reasons: tuple[str, ...] = ()
     unkept: tuple[str, ...] = ()
+    turned_down: int = 0
 
     def __str__(self) -> str:
         queries, width, heads = self.sizes
@@ -99,6 +102,7 @@ class Choice:
             str(self.times or ""),
             *self.reasons,
             *self.unkept,
+            f"no room in memory= for {self.turned_down} bytes more" if self.turned_down else "",
         ]
         return f"{self.path} ({'; '.join(part for part in parts if part)})"
 
@@ -129,7 +133,13 @@ class Prepared:
 
 
 def prepare(
-    layer: Layer, x: torch.Tensor, source: Source, context: torch.Tensor, backend: str, chooser: Chooser = ESTIMATED
+    layer: Layer,
+    x: torch.Tensor,
+    source: Source,
+    context: torch.Tensor,
+    backend: str,
+    chooser: Chooser = ESTIMATED,
+    room: int | None = None,
 ) -> Prepared:
     """What a layer makes of a context that it sees again: the path that is fastest.
 
@@ -137,6 +147,7 @@ def prepare(
         x: hidden states `[B, N, C]`.
         source: the keys and values of `context`.
         chooser: tells what the paths take.
+        room: bytes that may be kept; None for any number.
     """
     attn, dtype = layer.attn, compute_dtype(x)
     reasons = whole_refusals(attn) + without_kernels(x, dtype, backend)
@@ -148,14 +159,20 @@ def prepare(
     sizes, counts = (x.shape[1], x.shape[2], attn.heads), source.counts
     times = compare(layer, x, source, context.shape[-1], backend, chooser, bool(unreadable), bool(unkept))
     choice = Choice(fastest(times), counts, sizes, times, tuple(unreadable), tuple(unkept))
-    keys = 2 * source.keys.index.numel() * x.shape[2] * dtype.itemsize
+    wanted = wish(layer, x, source, key=None).sizes
+    keys = wanted[0]
+    if choice.path == "absorbed" and room is not None and wanted[-1] > room:
+        choice = replace(_second(choice), turned_down=wanted[-1] - min(keys, room))
     if choice.path == "absorbed":
         made = absorbed(layer, source, backend, context, dtype)
         if made is not None:
             return Prepared(choice, made[0], Weights(layer, is_read=True), made[1])
-        left = {path: took for path, took in times.milliseconds.items() if path != "absorbed"}
-        times = replace(times, milliseconds=left)
-        choice = replace(choice, path=fastest(times), times=times, reasons=(f"multiplied out it is beyond {dtype}",))
+        choice = replace(_second(choice), reasons=(f"multiplied out it is beyond {dtype}",))
+    if choice.path == "projected" and not unkept and room is not None and keys > room:
+        # Made anew at each step, K and V are no faster than by the layer's own processor.
+        path: Path = "projected" if source.edited else "former"
+        choice = replace(choice, path=path, turned_down=choice.turned_down or keys)
+        unkept = ["there is no room for them"]
     if choice.path == "former":
         return Prepared(choice, None)
     if unkept:
@@ -165,6 +182,27 @@ def prepare(
         return Prepared(choice, projected(layer, source, backend, context), made_of, keys)
     kept = projected(layer, source, backend, context, readable=True)
     return Prepared(choice, kept, Weights(layer, is_read=True), keys)
+
+
+def _second(choice: Choice) -> Choice:
+    """What is chosen where A and VO are not to be had."""
+    assert choice.times is not None
+    left = {path: took for path, took in choice.times.milliseconds.items() if path != "absorbed"}
+    times = replace(choice.times, milliseconds=left)
+    return replace(choice, path=fastest(times), times=times)
+
+
+def wish(layer: Layer, x: torch.Tensor, source: Source, key: Hashable) -> Wish:
+    """What a layer could keep: K and V, and A and VO where they are open; and the seconds that each saves."""
+    dtype, sizes = compute_dtype(x), (x.shape[1], x.shape[2], layer.attn.heads)
+    keys = 2 * source.keys.index.numel() * x.shape[2] * dtype.itemsize
+    rates = RATES["cpu" if x.device.type == "cpu" else "cuda", min(4, dtype.itemsize)]
+    paths: tuple[Path, ...] = get_args(Path)
+    former, *savings = (seconds(path, *sizes, source.counts, source.length, rates, dtype.itemsize) for path in paths)
+    bytes_kept = keys, absorbed_bytes(source, layer.attn.heads, x.shape[2], dtype, x.device)
+    is_open = not (source.attenuation or layer.kind == "images" or reading_refusals(layer))
+    count = 2 if is_open else 1
+    return Wish(key, bytes_kept[:count], tuple(former - path for path in savings)[:count])
 
 
 def compare(

@@ -185,16 +185,30 @@ def absorbed(
     return attend, a.nbytes + vo.nbytes
 
 
+def absorbed_bytes(source: Source, heads: int, channels: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The most that `absorbed` keeps of a source."""
+    if device.type != "cpu":
+        return 2 * source.keys.index.numel() * heads * channels * dtype.itemsize
+    rows = [heads * _padded(left, heads) for left in source.keys.counts]
+    of_a = dtype.itemsize if dtype == torch.bfloat16 else torch.float32.itemsize
+    return channels * sum(count * dtype.itemsize + -(-count // cpu.PANEL) * cpu.PANEL * of_a for count in rows)
+
+
+def _padded(left: int, heads: int) -> int:
+    """So many keys that there is a multiple of 8 over all heads."""
+    step = 8 // math.gcd(heads, 8)
+    return -(-max(1, left) // step) * step
+
+
 def _absorbed_rows(
     attn: Any, a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None,
     source: Source,
 ) -> tuple[Attend, int]:  # fmt: skip
     """On the CPU every sequence is as wide as its own keys, up to a multiple of 8 over all heads."""
     heads, channels, dtype = a.shape[1], a.shape[3], vo.dtype
-    step = 8 // math.gcd(heads, 8)
     parts = []
     for b, left in enumerate(source.keys.counts):
-        width = -(-max(1, left) // step) * step
+        width = _padded(left, heads)
         own_a, own_vo = (rows[b, :, :width].reshape(-1, channels) for rows in (a, vo))  # [H·n, C]
         own_bias = bias[b, ..., :width].reshape(-1, width).contiguous()
         parts.append((cpu.Softmax(own_a, own_bias, dtype), cpu.Product(own_vo.mT, out_bias)))

@@ -14,9 +14,9 @@ import torch
 
 from ...ledger import LEDGER, KnownRows
 from ...seen import Seen
-from ..attention.choose import Prepared, prepare
+from ..attention.budget import allot
+from ..attention.choose import Prepared, prepare, wish
 from ..attention.layer import Images, Layer
-from ..attention.measured import Chooser
 from ..attention.paths import compute_dtype, projected
 from ..attention.sources import Source, unedited
 from ..family import outputs
@@ -46,7 +46,8 @@ class Context:
         self.is_edited = False
         self.is_counted = False
         self._sources: dict[Active, Source | None] = {}
-        self._visited: set[Key] = set()
+        self._visited: dict[Key, tuple[Layer, torch.Size]] = {}
+        self._rooms: dict[Hashable, int] = {}
         self._prepared: dict[Key, Prepared] = {}
         self.ready: dict[int, Ready] = {}
 
@@ -68,29 +69,31 @@ class Context:
         self.edits = RowEdits(self.rows, self.rows)
 
     def attend(
-        self, layer: Layer, x: torch.Tensor, tensor: torch.Tensor, images: Images | None, active: Active, backend: str,
-        *, keep: bool, chooser: Chooser, by_value: bool = True,
+        self, layer: Layer, x: torch.Tensor, tensor: torch.Tensor, images: Images | None, active: Active,
+        session: Session, *, keep: bool, by_value: bool = True,
     ) -> tuple[torch.Tensor | None, Prepared | None, bool]:  # fmt: skip
         """A layer's output, None where its own processor is to compute it; what is prepared for it, and whether that
         was made just now.
 
         Args:
             active: the edits in force; empty for none.
+            session: for whom.
             keep: whether what is computed from the context may be kept for the next step.
-            chooser: tells which path is the fastest.
             by_value: whether the weights' values are looked at although writes to them are counted.
         """
+        backend = session.settings.backend
         source = self._source(tensor, active, backend) if active else None
         key = id(layer.attn), compute_dtype(x), () if source is None else active
         if not keep or key not in self._visited:
-            self._visited.add(key)
+            self._visited[key] = layer, x.shape
             if source is None:
                 return None, None, False
             return projected(layer, source, backend)(x, tensor, images), None, False
         prepared, is_new = self._prepared.get(key), False
         if prepared is None or not prepared.valid(layer, by_value=by_value):
-            source = source or self._whole(tensor)
-            prepared, is_new = prepare(layer, x, source, tensor, backend, chooser), True
+            source, chooser = source or self._whole(tensor), session.patch.family.chooser
+            room = self._room(key, x, source, tensor, session)
+            prepared, is_new = prepare(layer, x, source, tensor, backend, chooser, room), True
             self._prepared[key] = prepared
         return None if prepared.attend is None else prepared.attend(x, tensor, images), prepared, is_new
 
@@ -100,6 +103,16 @@ class Context:
             assert self.edits is not None
             self._sources[active] = self.edits.source(tensor, active, backend)
         return self._sources[active]
+
+    def _room(self, key: Key, x: torch.Tensor, source: Source, tensor: torch.Tensor, session: Session) -> int:
+        """The bytes that a layer may keep, of what is allotted to all that saw the context before it was seen again."""
+        if key not in self._rooms:
+            wishes = []
+            for other, (layer, shape) in self._visited.items():
+                if other not in self._rooms and other[1:] == key[1:]:
+                    wishes.append(wish(layer, x.new_empty(()).expand(shape), source, other))
+            self._rooms |= allot(wishes, session.room(x.device))
+        return self._rooms[key]
 
     def _whole(self, tensor: torch.Tensor) -> Source:
         found = self._sources.get(())

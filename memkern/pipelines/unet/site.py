@@ -264,9 +264,8 @@ class Site:
                 return None
         layer = Layer(attn, former)
         out, prepared, is_new = known.attend(
-            layer, x, context, images, active, session.settings.backend,
-            keep=reason is None, chooser=session.patch.family.chooser, by_value=call.direct,
-        )  # fmt: skip
+            layer, x, context, images, active, session, keep=reason is None, by_value=call.direct
+        )
         if prepared is None:
             if active:
                 session.layers.setdefault(name, "edited, nothing kept")
