@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     )
     listening = server.config.bind_socket()
+    listening.listen(server.config.backlog)  # who comes from now on is answered
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     logging.getLogger("server").info("listening", extra={"url": url})

@@ -45,7 +45,7 @@ def install(app: FastAPI) -> None:
             return answer(request, 400, "malformed_json", "body: expected JSON in UTF-8, got what cannot be read")
         headers = dict(error.headers or {})
         what = f"{request.method} {request.url.path}"
-        reason = {404: f"there is no {what}", 405: f"there is no {what}; allowed: {headers.get('allow', '')}"}
+        reason = {404: f"there is no {what}", 405: f"there is no {what}, but {headers.get('Allow', 'another method')}"}
         return answer(
             request, error.status_code, "http", reason.get(error.status_code, str(error.detail)), headers or None
         )

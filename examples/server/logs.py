@@ -34,3 +34,15 @@ def set_up() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # of the hub's client: a line for each file
+
+
+def quieten() -> None:
+    """Have transformers and diffusers log errors alone, as all else, and draw no bars."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+        library.disable_default_handler()
+        library.enable_propagation()

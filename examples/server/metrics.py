@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from .messages import Answer
 from .pool import Pool
@@ -22,6 +30,7 @@ class Metrics:
     """
 
     def __init__(self, policies: tuple[str, ...]) -> None:
+        disable_created_metrics()  # as many lines again, that nobody reads
         self._registry = own = CollectorRegistry()
         self._requests = Counter("memkern_requests", "Requests for an image", ["policy", "status"], registry=own)
         self._rows = Counter(

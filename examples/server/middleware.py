@@ -13,6 +13,9 @@ from .metrics import Metrics
 from .settings import Settings
 
 IMAGES = "/v1/images"
+PROBES = ("/healthz", "/readyz", "/metrics")
+"""Asked every few seconds: not logged."""
+
 DRAINED = 8
 """Bodies of so many times the limit are read to their end, and dropped: a client that still sends reads no answer."""
 
@@ -57,8 +60,8 @@ class Around:
         state = scope["state"]
         if scope["path"] == IMAGES:
             self._metrics.requested(state.get("policy"), status, seconds)
-        elif status < 400:
-            return  # probes and scrapes, every few seconds
+        elif scope["path"] in PROBES:
+            return
         told = {name: state[name] for name in ("policy", "seed", "steps", "rows", "reason") if name in state}
         given = {"request_id": state["id"], "method": scope["method"], "path": scope["path"], "status": status}
         log.info("request", extra={**given, "seconds": round(seconds, 4), **told})

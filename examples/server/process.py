@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,11 @@ class WorkerProcess:
         package = __package__ or ""
         root = Path(__file__).resolve().parents[package.count(".") + 1]
         paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        own = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": str(settings.processors),
+            "TRANSFORMERS_VERBOSITY": "error",  # notices of an import come before anything can be set
+        }
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -64,7 +70,7 @@ class WorkerProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=LINE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(settings.processors)},
+            env={**os.environ, **own},
             start_new_session=True,  # Ctrl-C is the server's to handle
         )
         log.info("worker started", extra={"pid": process.pid})
@@ -116,8 +122,10 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it at once."""
+        # asyncio's own way looks for the exit status first, and so takes it from whoever waits for it.
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            if self._process.returncode is None:
+                os.kill(self.pid, signal.SIGKILL)
 
     def _hand_on(self, number: int, answer: Answer) -> None:
         waiting = self._waiting.pop(number)

@@ -83,6 +83,7 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logs.set_up()
+    logs.quieten()
     settings = Settings.from_json(sys.argv[1])
     torch.set_num_threads(settings.processors)
     try:
