@@ -29,6 +29,7 @@ class Refusal(HTTPException):
 
 def answer(request: Request, status: int, kind: str, reason: str, headers: dict[str, str] | None = None) -> Response:
     """The answer to a request that is not served; the log of requests gets the reason too."""
+    reason = reason.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is valid JSON, and no text
     request.state.reason = reason
     return JSONResponse({"error": kind, "reason": reason, "request_id": request.state.id}, status, headers)
 
@@ -69,7 +70,7 @@ def install(app: FastAPI) -> None:
 
 
 def _line(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"] if part != "body") or "body"
+    name = ".".join(str(part) for part in error["loc"] if part != "body")[:SHOWN] or "body"
     came = repr(error.get("input"))
     shown = came if len(came) <= SHOWN else f"{came[:SHOWN]}…"
     if error["type"] == "extra_forbidden":

@@ -30,7 +30,7 @@ class Metrics:
     """
 
     def __init__(self, policies: tuple[str, ...]) -> None:
-        disable_created_metrics()  # as many lines again, that nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # as many lines again, that nobody reads
         self._registry = own = CollectorRegistry()
         self._requests = Counter("memkern_requests", "Requests for an image", ["policy", "status"], registry=own)
         self._rows = Counter(

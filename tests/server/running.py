@@ -61,6 +61,22 @@ def soon(condition, what, seconds=WAIT):
     return found
 
 
+class Numbers:
+    """What Prometheus reads."""
+
+    def __init__(self, text):
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        self._values = {(sample.name, frozenset(sample.labels.values())): sample.value for sample in samples}
+
+    def of(self, name, *labels):
+        """One of them, by the values of its labels; 0 where it has not been counted yet."""
+        return self._values.get((name, frozenset(labels)), 0)
+
+    def since(self, before, name, *labels):
+        """What it has grown by."""
+        return self.of(name, *labels) - before.of(name, *labels)
+
+
 class Server:
     """A running server.
 
@@ -105,7 +121,9 @@ class Server:
         """Ask for an image and wait for nothing; the client hangs up at the end of the block."""
         sent = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", self.port), WAIT) as line:
-            head = f"POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
+            head = (
+                f"POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
+            )
             line.sendall(head.encode() + b"\r\n\r\n" + sent)
             yield line
 
@@ -119,17 +137,12 @@ class Server:
         return psutil.Process(self.process.pid).children()[0]
 
     def metrics(self):
-        """Name and labels → value."""
-        families = text_string_to_metric_families(self.get("/metrics").body.decode())
-        return {
-            (sample.name, *sorted(sample.labels.values())): sample.value
-            for family in families
-            for sample in family.samples
-        }
+        """All of its numbers, now."""
+        return Numbers(self.get("/metrics").body.decode())
 
     def count(self, name, *labels):
-        """One number of the metrics; 0 where it has not been counted yet."""
-        return self.metrics().get((name, *sorted(labels)), 0)
+        """One of them."""
+        return self.metrics().of(name, *labels)
 
 
 @contextmanager
@@ -156,23 +169,27 @@ def running(*options):
 
 
 class Alone:
-    """Images of a fresh pipeline that serves one request after the other under one policy."""
+    """Images of pipelines of one policy each, that serve one request after the other."""
 
     def __init__(self):
-        self._known = {}
+        self._known, self._pipes = {}, {}
 
     def __call__(self, request):
-        key = (request["prompt"], request["policy"], request["seed"])
-        if key not in self._known:
-            pipe = demo.load()
+        policy, prompt, seed = request["policy"], request["prompt"], request["seed"]
+        if policy not in self._pipes:
+            pipe = self._pipes[policy] = demo.load()
             pipe.set_progress_bar_config(disable=True)
-            if request["policy"] != "none":
-                memkern.patch(pipe, request["policy"])
-            generator = torch.Generator().manual_seed(request["seed"])
-            made = pipe(request["prompt"], num_inference_steps=STEPS, guidance_scale=7.5, generator=generator)
-            self._known[key] = pixels(made.images[0])
-        return self._known[key]
+            if policy != "none":
+                memkern.patch(pipe, policy)
+        if (policy, prompt, seed) not in self._known:
+            generator = torch.Generator().manual_seed(seed)
+            options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "generator": generator}
+            self._known[policy, prompt, seed] = pixels(self._pipes[policy](prompt, **options).images[0])
+        return self._known[policy, prompt, seed]
 
     def is_image_of(self, reply, request):
         """Whether a reply is the image of that request, to a level of rounding."""
         return reply.status == 200 and bool(np.abs(reply.pixels - self(request)).max() <= 1)
+
+
+alone = Alone()

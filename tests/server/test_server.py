@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the server's requirements are not installed")
 pytest.importorskip("prometheus_client", reason="the server's requirements are not installed")
 
-from running import POLICIES, ROOT, STEPS, Alone, running, soon
+from running import POLICIES, ROOT, STEPS, alone, running, soon
 
 from examples.server.app import unless_hung_up
 from examples.server.errors import Refusal
@@ -34,11 +34,6 @@ def server():
     limits = ("--threads", THREADS, "--queue", QUEUE, "--max-steps", MOST, "--max-body", 2**20, "--grace", 5)
     with running(*map(str, limits)) as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return Alone()
 
 
 def asked(policy, seed=0):
@@ -59,7 +54,7 @@ def test_it_lives_at_once_and_is_ready_after_it_has_warmed_up(server):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_an_image_is_that_of_a_pipeline_alone(server, alone, policy):
+def test_an_image_is_that_of_a_pipeline_alone(server, policy):
     reply = server.post(asked(policy))
     assert alone.is_image_of(reply, asked(policy))
     assert reply.headers["content-type"] == "image/png"
@@ -86,6 +81,8 @@ REFUSED = {
     "a number for a prompt": ({"prompt": 3}, 422, "invalid", ["prompt: should be a valid string", "got 3"]),
     "an unknown field": ({"prompt": "a", "promt": "b"}, 422, "invalid", ["promt: there is no such field"]),
     "an unknown policy": (asked("zero-pad:0.9"), 422, "unknown_policy", [*map(repr, POLICIES), "'zero-pad:0.9'"]),
+    "half a character": (rb'{"prompt": "\ud83d"}', 422, "invalid", ["prompt", "unicode"]),
+    "half a character for a name": (rb'{"\ud83d": 1}', 422, "invalid", [r"\ud83d: there is no such field"]),
     "many steps": ({"prompt": "a", "steps": MOST + 1}, 422, "invalid", [f"at most {MOST}", f"got {MOST + 1}"]),
     "no steps": ({"prompt": "a", "steps": 0}, 422, "invalid", ["steps: should be greater", "got 0"]),
     "a seed below 0": ({"prompt": "a", "seed": -1}, 422, "invalid", ["seed", "got -1"]),
@@ -132,10 +129,8 @@ def test_metrics_are_memkerns_reports(server):
     server.post(asked("none", 1))
     after = server.metrics()
 
-    def more(*key):
-        name, *labels = key
-        key = (name, *sorted(labels))
-        return after.get(key, 0) - before.get(key, 0)
+    def more(*name):
+        return after.since(before, *name)
 
     for asked_for, outcome in ((policy, "protected"), ("none", "exempt")):
         assert more("memkern_rows_total", asked_for, outcome) == 1
@@ -143,7 +138,7 @@ def test_metrics_are_memkerns_reports(server):
         assert more("memkern_request_seconds_count", asked_for) == 1
         assert more("memkern_generate_seconds_sum", asked_for) > 0
         assert more("memkern_kept_bytes_sum", asked_for) > 0
-    assert after["memkern_worker_process_resident_memory_bytes",] > 2**26
+    assert after.of("memkern_worker_process_resident_memory_bytes") > 2**26
 
 
 def test_one_request_too_many_is_asked_to_come_again(server):
@@ -158,7 +153,7 @@ def test_one_request_too_many_is_asked_to_come_again(server):
     soon(lambda: in_pool(server) == 0, "places of clients that hung up are free")
 
 
-def test_a_client_that_hangs_up_is_worked_for_no_longer(server, alone):
+def test_a_client_that_hangs_up_is_worked_for_no_longer(server):
     cancelled = server.count("memkern_requests_total", POLICIES[0], "499")
     with server.hanging(LONG):
         soon(lambda: server.count("memkern_places", "generating") == 1, "it is being generated")
@@ -168,7 +163,7 @@ def test_a_client_that_hangs_up_is_worked_for_no_longer(server, alone):
     assert all(alone.is_image_of(reply, asked(policy)) for reply, policy in zip(replies, POLICIES, strict=True))
 
 
-def test_a_worker_killed_in_mid_request(server, alone):
+def test_a_worker_killed_in_mid_request(server):
     """Its requests are told to come again; those that wait are served by the next worker; the server lives on."""
     starts, killed = server.count("memkern_worker_starts"), server.worker
     with ThreadPoolExecutor(THREADS + 1) as clients:
@@ -190,7 +185,7 @@ def test_a_worker_killed_in_mid_request(server, alone):
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_replaced(server, alone):
+def test_a_worker_that_hangs_is_replaced(server):
     stopped = server.worker
     stopped.suspend()
     with server.hanging(LONG):
@@ -223,6 +218,20 @@ def test_it_ends_with_what_it_began():
             assert reply.result().status == 200
         assert own.process.wait(30) == -signal.SIGTERM
         soon(lambda: not worker.is_running(), "the worker has ended", 30)
+
+
+@pytest.mark.slow
+def test_a_worker_does_not_outlive_its_server():
+    with running() as own:
+        worker = own.worker
+        own.process.kill()
+        soon(lambda: not worker.is_running(), "the worker has ended", 30)
+
+
+def test_the_server_itself_is_small():
+    """torch is the worker's alone: a server that only speaks HTTP answers while the worker loads."""
+    code = "import sys; import examples.server.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_worker_that_cannot_start_ends_the_server():
