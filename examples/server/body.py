@@ -5,11 +5,21 @@ from __future__ import annotations
 import secrets
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from .errors import Refusal
 from .messages import Job
 from .settings import Settings
+
+
+def _whole(text: str) -> str:
+    """`text`, unless it has half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("should be valid unicode, without half of a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 
 
 class ImageRequest(BaseModel):
@@ -17,8 +27,8 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str | None = None
-    negative_prompt: str = ""
+    prompt: Text | None = None
+    negative_prompt: Text = ""
     policy: str | None = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     steps: Annotated[int | None, Field(ge=1)] = None

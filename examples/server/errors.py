@@ -77,6 +77,6 @@ def _line(error: Any) -> str:
         return f"{name}: there is no such field"
     if error["type"] == "missing":
         return f"{name}: expected a JSON object, got nothing"
-    if name == "body":
+    if error["type"].startswith("model"):
         return f"body: expected a JSON object under Content-Type: application/json, got {shown}"
-    return f"{name}: {error['msg'].removeprefix('Input ')}, got {shown}"
+    return f"{name}: {error['msg'].removeprefix('Input ').removeprefix('Value error, ')}, got {shown}"

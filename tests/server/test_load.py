@@ -146,7 +146,7 @@ def assert_right(load, before, *, deaths):
     assert after.since(before, "memkern_worker_starts") == deaths
 
 
-def assert_flat(load, most=32 * MIB):
+def assert_flat(load, most=16 * MIB):
     """Of the last worker, after it has served 100 images: resident bytes stay within bounds, and the server's do."""
     last = load.memory[-1][0]
     samples = [sample[1:] for sample in load.memory if sample[0] == last][2:]
