@@ -47,27 +47,24 @@ class Generator:
         pipe.set_progress_bar_config(disable=True)
         self._policies = {words: memkern.Policy.parse(words) for words in settings.policies}
         memkern.patch(pipe, self._policies[settings.policies[0]])
-        self._seats: LifoQueue[Any] = LifoQueue()
-        for _ in range(settings.threads):
-            self._seats.put(_seat(pipe))
+        self._seats = [_seat(pipe) for _ in range(settings.threads)]
+        self._free: LifoQueue[Any] = LifoQueue()
+        for seat in self._seats:
+            self._free.put(seat)
 
     def warm_up(self) -> None:
-        """Generate an image with each seat under each policy, so that the first request finds all prepared.
+        """Generate an image with each seat under each policy, so that the first request finds all prepared. To be called
+        before `generate`.
 
         Raises:
             RuntimeError: one of them did not come out protected, or exempt, as its policy says.
         """
-        seats = [self._seats.get() for _ in range(self._settings.threads)]
-        for seat in seats:
+        for seat in self._seats:
             for policy in self._policies:
-                self._seats.put(seat)
                 # Two steps for what begins with the second, one more for what only then is kept.
-                answer = self.generate(Job(WARM_UP, policy, seed=0, steps=3, guidance=7.5), lambda: False)
-                self._seats.get()
+                answer = self._on(seat, Job(WARM_UP, policy, seed=0, steps=3, guidance=7.5), lambda: False)
                 if answer.kind != "image":
                     raise RuntimeError(f"warm-up: policy {policy!r} {answer.kind}: {answer.reason}")
-        for seat in seats:
-            self._seats.put(seat)
 
     def generate(self, job: Job, is_cancelled: Callable[[], bool]) -> Answer:
         """The image of a job, or why there is none; it waits for a seat.
@@ -75,7 +72,13 @@ class Generator:
         Args:
             is_cancelled: asked after every step.
         """
-        pipe = self._seats.get()
+        seat = self._free.get()
+        try:
+            return self._on(seat, job, is_cancelled)
+        finally:
+            self._free.put(seat)
+
+    def _on(self, pipe: Any, job: Job, is_cancelled: Callable[[], bool]) -> Answer:
         records: list[memkern.Record] = []
         began = time.perf_counter()
         kind: Kind
@@ -92,8 +95,6 @@ class Generator:
             kind, reason = "refused", str(error)
         except Cancelled:
             kind, reason = "cancelled", "nobody waits for it"
-        finally:
-            self._seats.put(pipe)
         return Answer(kind, report_of(job, records), reason, png, time.perf_counter() - began)
 
 
@@ -107,7 +108,7 @@ def report_of(job: Job, records: list[memkern.Record]) -> Report:
 def _seat(pipe: Any) -> Any:
     seat = copy.copy(pipe)
     seat.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         if getattr(pipe, name, None) is not None:
             setattr(seat, name, copy.deepcopy(getattr(pipe, name)))
     return seat
@@ -144,6 +145,8 @@ def _fitting(pipe: Any, name: str, text: str) -> str:
 
 
 def _embeds(pipe: Any, rows: list[list[float]]) -> torch.Tensor:
+    if getattr(pipe, "tokenizer_2", None) is not None:
+        raise Refused("prompt_embeds: expected a prompt, since this model reads pooled embeddings as well")
     width = pipe.unet.config.cross_attention_dim
     if {len(row) for row in rows} != {width}:
         came = ", ".join(str(count) for count in sorted({len(row) for row in rows})) or "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -9,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
@@ -33,6 +35,18 @@ NOISE = {
 }
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Both processes after so many images: resident bytes and processor time."""
+
+    served: int
+    pid: int
+    server_bytes: int
+    worker_bytes: int
+    server_seconds: float
+    worker_seconds: float
+
+
 class Load:
     """Clients that ask until each of their requests is served, and others that are no good.
 
@@ -46,8 +60,8 @@ class Load:
     def __init__(self, server, requests, *, noise, kill_after=None):
         self.server, self.requests, self.noise, self.kill_after = server, requests, noise, kill_after
         self.replies, self.errors, self.seconds = [None] * len(requests), Counter(), []
-        self.memory, self.wrong_noise = [], []
-        self._lock, self._served, self._dead = threading.Lock(), 0, False
+        self.samples, self.wrong_noise = [], []
+        self._lock, self._served = threading.Lock(), 0
 
     def run(self):
         """Serve all; raises what a client met that it should not have."""
@@ -95,13 +109,19 @@ class Load:
             time.sleep(random.uniform(0, 0.5))
 
     def _weigh(self):
-        """Resident bytes of the server and of its worker, by the worker's process."""
-        try:
-            worker = self.server.worker
-            sizes = self.server.process.pid, worker.pid
-            self.memory.append((sizes[1], *(psutil.Process(pid).memory_info().rss for pid in sizes)))
-        except (IndexError, psutil.NoSuchProcess):
-            pass  # there is none for the moment
+        """A `Sample`, where there is a worker at the moment."""
+        with contextlib.suppress(IndexError, psutil.NoSuchProcess):
+            server, worker = psutil.Process(self.server.process.pid), self.server.worker
+            times = [sum(one.cpu_times()[:2]) for one in (server, worker)]
+            self.samples.append(
+                Sample(self._served, worker.pid, server.memory_info().rss, worker.memory_info().rss, *times)
+            )
+
+    @property
+    def last_worker(self):
+        """The samples of the last worker, from its hundredth image or so on."""
+        pid = self.samples[-1].pid if self.samples else None
+        return [sample for sample in self.samples if sample.pid == pid][2:]
 
 
 def draw(number, prompts, seeds):
@@ -144,17 +164,18 @@ def assert_right(load, before, *, deaths):
         assert (rows[other], rows["unedited"]) == (0, 0)
         assert rows["refused"] == (load.noise if policy == POLICIES[0] else 0)
     assert after.since(before, "memkern_worker_starts") == deaths
+    assert load.errors["full"] > 0, "the queue was never full"
+    assert load.errors["worker_lost"] >= deaths
 
 
 def assert_flat(load, most=16 * MIB):
-    """Of the last worker, after it has served 100 images: resident bytes stay within bounds, and the server's do."""
-    last = load.memory[-1][0]
-    samples = [sample[1:] for sample in load.memory if sample[0] == last][2:]
+    """Resident bytes of both processes stay within bounds, once the last worker has served a while."""
+    samples = load.last_worker
     assert len(samples) >= 4
-    for name, sizes in zip(("server", "worker"), zip(*samples, strict=True), strict=True):
-        grown = max(sizes) - sizes[0]
-        print(f"{name}: {sizes[0] / MIB:.0f} MiB, grown by {grown / MIB:.1f}")
-        assert grown <= most, f"the {name} grew: {[round(size / MIB) for size in sizes]}"
+    for name in ("server_bytes", "worker_bytes"):
+        sizes = [getattr(sample, name) for sample in samples]
+        print(f"{name}: {sizes[0] / MIB:.0f} MiB, grown by {(max(sizes) - sizes[0]) / MIB:.1f} at the most")
+        assert max(sizes) - sizes[0] <= most, f"{name} grew: {[round(size / MIB) for size in sizes]}"
 
 
 def tell(load):
@@ -166,6 +187,13 @@ def tell(load):
         f"until served, waiting included: median {median:.2f} s, 95 % {late:.2f} s; "
         f"asked to come again: {json.dumps(load.errors)}"
     )
+    if load.last_worker:
+        first, last = load.last_worker[0], load.last_worker[-1]
+        images = max(1, last.served - first.served)
+        server, worker = last.server_seconds - first.server_seconds, last.worker_seconds - first.worker_seconds
+        print(
+            f"processor time of an image: server {1e3 * server / images:.1f} ms, worker {1e3 * worker / images:.1f} ms"
+        )
 
 
 def test_60_requests_of_64_clients():
@@ -185,4 +213,3 @@ def test_1000_requests_of_64_clients():
         tell(load)
         assert_right(load, before, deaths=1)
         assert_flat(load)
-        assert load.errors["worker_lost"] >= 1
