@@ -53,8 +53,9 @@ class Generator:
             self._free.put(seat)
 
     def warm_up(self) -> None:
-        """Generate an image with each seat under each policy, so that the first request finds all prepared. To be called
-        before `generate`.
+        """Generate an image with each seat under each policy, so that the first request finds all prepared.
+
+        To be called before `generate`.
 
         Raises:
             RuntimeError: one of them did not come out protected, or exempt, as its policy says.
