@@ -11,11 +11,15 @@ SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 # What `make test` leaves to a process of its own, or to a machine with a GPU.
 LAYERS = interpreter or aot or host_cuda or gpu
 
-.PHONY: demo test test-slow test-plain test-layers test-matrix test-wheel test-install fuzz sanitize coverage gpu bench \
-  docs wheel lint format clean
+.PHONY: demo serve test test-slow test-plain test-layers test-matrix test-wheel test-install fuzz sanitize coverage gpu \
+  bench docs wheel lint format clean
 
 demo: $(READY)
 	$(BIN)/memkern demo
+
+# The example of a server, on the embedded model: http://127.0.0.1:8000.
+serve: $(READY)
+	$(BIN)/python -m examples.server
 
 SPEED = not slow
 test-slow: SPEED = slow or not slow

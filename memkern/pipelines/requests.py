@@ -93,4 +93,5 @@ def _record(session: Session) -> Record:
         counts.unedited,
         counts.refused,
         tuple(session.reasons),
+        session.size,
     )

@@ -145,6 +145,7 @@ class Record:
         edits: of each encoded row its roles and what was done to how many positions (`PromptStatus`).
         protected, exempt, unedited, refused: as in `Counts`.
         reasons: why rows went through unedited, or were refused.
+        kept: bytes that the call kept of its contexts at the most.
     """
 
     policy: Policy
@@ -156,6 +157,7 @@ class Record:
     unedited: int
     refused: int
     reasons: tuple[str, ...]
+    kept: int = 0
 
     def __str__(self) -> str:
         rows = ", ".join(f"{count} {branch}" for branch, count in self.rows.items()) or "none"
