@@ -1,4 +1,4 @@
-"""The command line: `memkern info`, `demo`, `audit`, `screen` and `sweep`."""
+"""The command line: `memkern info`, `demo`, `audit`, `screen`, `sweep` and `bench`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from .info import info
 from .policy import Policy
+from .presets import DEFAULT_POLICIES
 
 EMBEDDED = "embedded"
-DEFAULT_POLICIES = ("swap-pad-zero-eot", "zero-pad:0.7")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    return {"audit": _audit, "demo": _demo, "screen": _screen, "sweep": _sweep}[options.command](options)
+    commands = {"audit": _audit, "bench": _bench, "demo": _demo, "screen": _screen, "sweep": _sweep}
+    return commands[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _audit_parser(commands)
     _screen_parser(commands)
     _sweep_parser(commands)
+    _bench_parser(commands)
     return parser
 
 
@@ -113,6 +115,21 @@ def _sweep_parser(commands: Any) -> None:
     sweep.add_argument("--out", type=Path, default=Path("memkern-sweep"), help="folder (default: %(default)s)")
 
 
+def _bench_parser(commands: Any) -> None:
+    about = "what patching costs or saves on this machine: a step, encode_prompt, host time and memory"
+    bench = commands.add_parser("bench", help=about)
+    _model_options(bench)
+    policy = f"a preset, or none; several times (default: {', '.join(DEFAULT_POLICIES)})"
+    bench.add_argument("--policy", action="append", type=_policy, help=policy)
+    bench.add_argument("--compile", action="store_true", help="measure UNets compiled by torch too")
+    bench.add_argument("--rounds", type=int, default=15, help="calls of each, in turn (default: %(default)s)")
+    bench.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
+    bench.add_argument("--size", type=_size, metavar="HxW", help="of the image, in pixels (default: the model's)")
+    bench.add_argument("--prompt", help="its length says how many keys are left")
+    _device_options(bench)
+    bench.add_argument("--out", type=Path, default=Path("memkern-bench"), help="folder (default: %(default)s)")
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
@@ -155,6 +172,13 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,1, got {text!r}") from None
 
 
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected height and width such as 512x512, got {text!r}")
+    return int(height), int(width)
+
+
 def _audit(options: argparse.Namespace) -> int:
     from . import audit
 
@@ -194,6 +218,21 @@ def _sweep(options: argparse.Namespace) -> int:
         print(audit.sweep(**given, loras=options.lora))
     except (OSError, TypeError, ValueError, ImportError) as error:
         return _failed("sweep", error)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .benchmark import bench
+
+    _hush()
+    names = ("compile", "rounds", "batch", "size", "out")
+    given = {name: getattr(options, name) for name in names} | ({"prompt": options.prompt} if options.prompt else {})
+    try:
+        pipe = _load(options, dtype=options.dtype, device=options.device)
+        found = bench(pipe, _policies(options), **given)
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        return _failed("bench", error)
+    print(found)
     return 0
 
 
@@ -267,10 +306,10 @@ def _write_roles(table: str, options: argparse.Namespace) -> Path:
     return path
 
 
-def _load(options: argparse.Namespace) -> Any:
+def _load(options: argparse.Namespace, **made: Any) -> Any:
     from .audit import Model, Protocol, load
 
-    return load(Model(options.model, options.config, tuple(options.lora)), Protocol())
+    return load(Model(options.model, options.config, tuple(options.lora)), Protocol(**made))
 
 
 if __name__ == "__main__":

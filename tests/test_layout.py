@@ -45,6 +45,7 @@ pipelines.probe
 pipelines
 testing
 info
+benchmark
 .
 demo
 audit
