@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 class Taken(NamedTuple):
@@ -40,7 +44,7 @@ def peak(function: Callable[[], object], device: torch.device) -> int | None:
 
 def _peak_on_cpu(function: Callable[[], object]) -> int | None:
     try:
-        with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profile:
+        with _profiler_hushed(), torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profile:
             function()
     except RuntimeError as error:
         if "profiler" in str(error).lower():
@@ -54,6 +58,18 @@ def _peak_on_cpu(function: Callable[[], object]) -> int | None:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+@contextmanager
+def _profiler_hushed() -> Iterator[None]:
+    """torch's profiler reads how much it is to say from the environment when it is first used."""
+    former = os.environ.get(_LOG_LEVEL)
+    os.environ.setdefault(_LOG_LEVEL, "99")
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[_LOG_LEVEL]
 
 
 def _wait(device: torch.device) -> None:

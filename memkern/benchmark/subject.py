@@ -54,8 +54,17 @@ class Subject:
         self._patch = None if policy is None else patch(self.pipe, policy)
 
     def encoding(self, inputs: dict[str, Any]) -> Arguments:
-        """What the pipeline calls its `encode_prompt` with; of an unpatched one."""
-        return first_encoding(self.pipe, functools.partial(self._base.__call__, self.pipe, **inputs))
+        """What the pipeline calls its `encode_prompt` with; of an unpatched one.
+
+        Raises:
+            ValueError: the pipeline cannot be called with `inputs`.
+        """
+        try:
+            return first_encoding(self.pipe, functools.partial(self._base.__call__, self.pipe, **inputs))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"inputs: this {self._base.__name__} cannot be called with {', '.join(inputs)}: {error}"
+            ) from error
 
     def encoder(self, given: Arguments) -> Step:
         """A call of its `encode_prompt`."""
