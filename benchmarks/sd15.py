@@ -1,5 +1,6 @@
-"""`memkern bench` on a pipeline of Stable Diffusion 1.5's size with random weights, bfloat16: UNet and text encoder have
-its configuration, the VAE, which is not measured, is tiny. `python benchmarks/sd15.py FOLDER [ROUNDS]`
+"""`memkern bench` on a pipeline of Stable Diffusion 1.5's size with random weights, bfloat16.
+
+UNet and text encoder have its configuration; the VAE, which is not measured, is tiny: `python benchmarks/sd15.py OUT`
 """
 
 from __future__ import annotations
@@ -15,4 +16,4 @@ import memkern
 if __name__ == "__main__":
     pipe = pipeline()
     pipe.unet = unet(torch.bfloat16)
-    print(memkern.bench(pipe.to(torch.bfloat16), out=sys.argv[1], rounds=int((*sys.argv, 15)[2])))
+    print(memkern.bench(pipe.to(torch.bfloat16), out=sys.argv[1]))

@@ -25,6 +25,7 @@ from test_patching import image, snapshot
 import memkern
 from memkern.benchmark import Bench, run
 from memkern.benchmark.calls import first_step
+from memkern.benchmark.subject import Subject
 from memkern.benchmark.turns import in_turn
 from memkern.benchmark.twin import twin
 from memkern.cli import main
@@ -141,6 +142,19 @@ def test_what_is_measured_is_what_the_pipeline_computes(sd1):
     assert {id(part) for part in copied.unet.parameters()} == weights
     assert len(own.sample) == 2
     assert torch.equal(own.sample[0], own.sample[1])
+
+
+def test_all_start_from_the_same_latents_and_a_users_generator_stays(sd1):
+    generator = torch.Generator("cpu").manual_seed(3)
+    before, given = generator.get_state(), {"prompt": "a cat", "generator": [generator], "output_type": "latent"}
+    subjects = [Subject(sd1, None), Subject(sd1, memkern.Policy.parse("zero-pad:0.7"))]
+    for subject in subjects:
+        with torch.no_grad(), subject.asked(given):
+            pass
+    first, second = (subject.given for subject in subjects)
+    assert torch.equal(first.sample, second.sample)
+    assert not torch.equal(first.context, second.context)
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_a_copy_of_a_patched_pipeline_has_nothing_of_memkern(sd1):

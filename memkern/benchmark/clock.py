@@ -32,8 +32,10 @@ def timed(function: Callable[[], object], device: torch.device) -> Taken:
 
 def peak(function: Callable[[], object], device: torch.device) -> int | None:
     """Bytes of tensors that a call held at the most, beyond what there was before; None where torch cannot tell."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return _peak_on_cpu(function)
+    if device.type != "cuda":
+        return None
     _wait(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -73,5 +75,5 @@ def _profiler_hushed() -> Iterator[None]:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -60,7 +60,7 @@ class Subject:
             ValueError: the pipeline cannot be called with `inputs`.
         """
         try:
-            return first_encoding(self.pipe, functools.partial(self._base.__call__, self.pipe, **inputs))
+            return first_encoding(self.pipe, self._call(inputs))
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"inputs: this {self._base.__name__} cannot be called with {', '.join(inputs)}: {error}"
@@ -84,8 +84,7 @@ class Subject:
         if manager is not None:
             self.session = context.run(manager.__enter__)
         try:
-            call = functools.partial(self._base.__call__, self.pipe, **inputs)
-            given = self.given = context.run(first_step, self.pipe, call)
+            given = self.given = context.run(first_step, self.pipe, self._call(inputs))
             unet: Any = torch.compile(self.pipe.unet) if compiled else self.pipe.unet
 
             def step(found: Arguments) -> Step:
@@ -99,6 +98,11 @@ class Subject:
         finally:
             if manager is not None:
                 context.run(manager.__exit__, None, None, None)
+
+    def _call(self, inputs: dict[str, Any]) -> Step:
+        """A call of the twin, which draws the same numbers each time."""
+        drawn = {name: _cloned(value) for name, value in inputs.items()}
+        return functools.partial(self._base.__call__, self.pipe, **drawn)
 
     def close(self) -> None:
         """Take the policy out of the twin."""
@@ -120,3 +124,10 @@ class Subject:
             name: {**(asdict(choice) if is_dataclass(choice) else {}), "choice": str(choice)}  # type: ignore[arg-type]
             for name, choice in self.session.layers.items()
         }
+
+
+def _cloned(value: Any) -> Any:
+    """A generator in the state that `value` is in, or a list of them; anything else as it is."""
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return [_cloned(one) for one in value] if isinstance(value, list) else value
