@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from memkern.benchmark.turns import Spread, in_turn
+
 
 def compare(
     benchmark: Any, ours: Callable[[], object], alternative: Callable[[], object], *, named: str, rounds: int = 60
@@ -18,23 +20,21 @@ def compare(
         ours: what memkern does.
         alternative: what it is compared with.
         named: the alternative's name.
-        rounds: pairs; the first tenth only warms up.
+        rounds: pairs; a tenth more before them warms up.
     """
-    pairs = []
-    for index in range(rounds + rounds // 10):
-        timed = {}
-        for function in (ours, alternative) if index % 2 else (alternative, ours):
-            start = time.perf_counter()
-            function()
-            timed[function] = time.perf_counter() - start
-        if index >= rounds // 10:
-            pairs.append((timed[ours], timed[alternative]))
-    ratios = statistics.quantiles([mine / other for mine, other in pairs], n=4)
+    mine, others = in_turn([lambda: _seconds(ours), lambda: _seconds(alternative)], rounds, warm_up=rounds // 10)
+    ratios = Spread.of([own / other for own, other in zip(mine, others, strict=True)])
     benchmark.extra_info.update(
         alternative=named,
-        ours_ms=1e3 * statistics.median(mine for mine, _ in pairs),
-        alternative_ms=1e3 * statistics.median(other for _, other in pairs),
-        ratio=ratios[1],
-        ratio_quartiles=[ratios[0], ratios[2]],
+        ours_ms=1e3 * statistics.median(mine),
+        alternative_ms=1e3 * statistics.median(others),
+        ratio=ratios.median,
+        ratio_quartiles=[ratios.low, ratios.high],
     )
     benchmark.pedantic(ours, rounds=1)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

@@ -7,6 +7,8 @@ The method is that of Kim & No, "Memorization in Stable Diffusion is unexpectedl
 (arXiv 2605.02908). Data flows one way: ids → roles → policy → plan → embeddings → K/V → image.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import ops
 from .embeddings import apply_policy
 from .errors import UnmitigatedError, UnmitigatedWarning
@@ -17,6 +19,9 @@ from .policy import Edit, Policy
 from .presets import PRESETS
 from .roles import Role, token_roles
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .benchmark import bench
 
 __all__ = [
     "PRESETS",
@@ -33,6 +38,7 @@ __all__ = [
     "UnmitigatedWarning",
     "__version__",
     "apply_policy",
+    "bench",
     "info",
     "lower",
     "ops",
@@ -45,3 +51,16 @@ __all__ = [
     "unpatch",
     "using",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`bench`, imported when it is asked for."""
+    if name == "bench":
+        from .benchmark import bench
+
+        return bench
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

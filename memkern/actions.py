@@ -154,6 +154,14 @@ def unit(name: str, value: object) -> float:
     return float(value) + 0.0
 
 
+def whole(name: str, value: object, least: int) -> None:
+    """Raise TypeError unless `value` is a whole number, ValueError unless it is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -1,4 +1,4 @@
-"""The command line: `memkern info`, `demo`, `audit`, `screen`, `sweep` and `tune`."""
+"""The command line: `memkern info`, `demo`, `audit`, `screen`, `sweep`, `tune` and `bench`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from .info import info
 from .policy import Policy
+from .presets import DEFAULT_POLICIES
 
 EMBEDDED = "embedded"
-DEFAULT_POLICIES = ("swap-pad-zero-eot", "zero-pad:0.7")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    return {"audit": _audit, "demo": _demo, "screen": _screen, "sweep": _sweep, "tune": _tune}[options.command](options)
+    commands = {"audit": _audit, "bench": _bench, "demo": _demo, "screen": _screen, "sweep": _sweep, "tune": _tune}
+    return commands[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _screen_parser(commands)
     _sweep_parser(commands)
     _tune_parser(commands)
+    _bench_parser(commands)
     return parser
 
 
@@ -125,6 +127,21 @@ def _tune_parser(commands: Any) -> None:
     _device_options(tune)
 
 
+def _bench_parser(commands: Any) -> None:
+    about = "what patching costs or saves on this machine: a step, encode_prompt, host time and memory"
+    bench = commands.add_parser("bench", help=about)
+    _model_options(bench)
+    policy = f"a preset, or none; several times (default: {', '.join(DEFAULT_POLICIES)})"
+    bench.add_argument("--policy", action="append", type=_policy, help=policy)
+    bench.add_argument("--compile", action="store_true", help="measure UNets compiled by torch too")
+    bench.add_argument("--rounds", type=int, default=15, help="calls of each, in turn (default: %(default)s)")
+    bench.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
+    bench.add_argument("--size", type=_size, metavar="WxH", help="of the image, in pixels (default: the model's)")
+    bench.add_argument("--prompt", help="its length says how many keys are left")
+    _device_options(bench)
+    bench.add_argument("--out", type=Path, default=Path("memkern-bench"), help="folder (default: %(default)s)")
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
@@ -162,11 +179,10 @@ def _policy(text: str) -> Policy:
 
 def _size(text: str) -> tuple[int, int]:
     """Height and width of "width x height"."""
-    width, _, height = text.partition("x")
-    try:
-        return int(height), int(width)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a width and a height such as 512x768, got {text!r}") from None
+    width, _, height = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected a width and a height such as 512x768, got {text!r}")
+    return int(height), int(width)
 
 
 def _seeds(text: str) -> list[int]:
@@ -229,6 +245,21 @@ def _tune(options: argparse.Namespace) -> int:
     except (OSError, TypeError, ValueError, ImportError) as error:
         return _failed("tune", error)
     print("\n".join(map(str, found)), table.path, sep="\n")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .benchmark import bench
+
+    _hush()
+    names = ("compile", "rounds", "batch", "size", "out")
+    given = {name: getattr(options, name) for name in names} | ({"prompt": options.prompt} if options.prompt else {})
+    try:
+        pipe = _load(options)
+        found = bench(pipe, _policies(options), **given)
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        return _failed("bench", error)
+    print(found)
     return 0
 
 

@@ -12,7 +12,10 @@ from .actions import Action, Bank, attenuate, exclude, logit_scale, replace, zer
 from .policy import PRESETS, Edit, Parameter, Policy, Preset
 from .roles import Role
 
-__all__ = ["PRESETS", "Parameter", "Preset"]
+__all__ = ["DEFAULT_POLICIES", "PRESETS", "Parameter", "Preset"]
+
+DEFAULT_POLICIES = ("swap-pad-zero-eot", "zero-pad:0.7")
+"""What is measured where nobody names a policy: the paper's two methods."""
 
 
 def _edits(action: Action, *roles: Role) -> Callable[[], Policy]:

@@ -47,6 +47,7 @@ pipelines
 tuning
 testing
 info
+benchmark
 .
 demo
 audit

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..actions import whole
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PIPELINE = "pipeline"
 """As the device of the generators: the pipeline's."""
@@ -40,7 +42,7 @@ class Protocol:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", _seeds(self.seeds))
         for name in ("steps", "batch"):
-            _whole(name, getattr(self, name), 1)
+            whole(name, getattr(self, name), 1)
         if isinstance(self.guidance, bool) or not isinstance(self.guidance, (int, float)):
             raise TypeError(f"guidance: expected a number, got {self.guidance!r}")
         if not math.isfinite(self.guidance):
@@ -101,17 +103,10 @@ def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     if not found:
         raise ValueError("seeds: expected at least one whole number, got none")
     for seed in found:
-        _whole("seeds", seed, 0)
+        whole("seeds", seed, 0)
         if seed >= 2**63:
             raise ValueError(f"seeds: expected whole numbers below 2**63, got {seed}")
     return found
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 PROTOCOLS = {

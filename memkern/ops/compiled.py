@@ -90,7 +90,7 @@ def load_cpp() -> str | None:
     if why := damage(library):
         return _refusal("CPU", library, here, why)
     try:
-        from .. import _C  # type: ignore[attr-defined]  # noqa: F401
+        from .. import _C  # noqa: F401
     except ImportError as error:
         return _refusal("CPU", library, here, error)
     return None

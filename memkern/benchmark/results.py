@@ -1,0 +1,85 @@
+"""What a benchmark of a pipeline found: a value to print, and its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .measured import MEASURES, Run
+from .plot import NO_PLOT, plot
+from .tables import described, layers, table
+
+VERSION = 1
+"""Of the JSON document."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `memkern.bench` found; printed, it is the table.
+
+    Attributes:
+        settings: what was measured, of which pipeline, on which device.
+        versions: of memkern and what it runs on, and its backends: see `memkern.info`.
+        runs: the unpatched pipeline first, then each policy; the compiled ones after the eager ones.
+        notes: what else a reader should know.
+        files: where it was written.
+    """
+
+    settings: dict[str, Any]
+    versions: dict[str, Any]
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """All of it, as `bench.json` has it."""
+        return {
+            "memkern_bench": VERSION,
+            "settings": self.settings,
+            "info": self.versions,
+            "measures": MEASURES,
+            "runs": [run.document() for run in self.runs],
+            "notes": list(self.notes),
+        }
+
+    def written(self, out: str | Path) -> Bench:
+        """Write `bench.json`, `bench.md` and, where there is matplotlib (`memkern[plot]`), `bench.png`; itself with
+        their paths.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        picture = plot(self.runs, out / "bench.png")
+        (out / "bench.json").write_text(json.dumps(self.document(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (out / "bench.md").write_text(self.report(picture), encoding="utf-8")
+        return replace(self, files=(out / "bench.md", out / "bench.json", *([] if picture is None else [picture])))
+
+    def report(self, picture: Path | None = None) -> str:
+        """The page of it, in Markdown.
+
+        Args:
+            picture: the plot beside it, if there is one.
+        """
+        machine = {**self.versions["versions"], "build": self.versions["build"]}
+        machine |= {f"backend {name}": state for name, state in self.versions["backends"].items()}
+        machine |= {f"failed {place}": failure for place, failure in enumerate(self.versions["failures"])}
+        parts = {
+            "# memkern bench": table(self.runs),
+            "": NO_PLOT if picture is None else f"![ratios]({picture.name})",
+            "## What was measured": described(self.settings),
+            "## Layers": layers(self.runs),
+            "## Installation": described(machine),
+            "## What the columns are": "\n".join(f"- **{name}**: {text}." for name, text in MEASURES.items()),
+            "## Notes": "\n".join(f"- {note}" for note in self.notes),
+        }
+        return "\n\n".join(f"{title}\n\n{text}".strip() for title, text in parts.items() if text) + "\n"
+
+    def __str__(self) -> str:
+        lines = [table(self.runs), *self.notes, *map(str, self.files)]
+        if self.files and not any(path.suffix == ".png" for path in self.files):
+            lines.append(NO_PLOT)
+        return "\n".join(lines)
