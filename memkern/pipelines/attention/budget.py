@@ -62,7 +62,7 @@ class Wish:
     Attributes:
         key: what it is found by.
         sizes: bytes of each way to keep something, from K and V to more.
-        savings: seconds that each saves in a step, compared with keeping nothing.
+        savings: what time each saves in a step, compared with keeping nothing.
     """
 
     key: Hashable
@@ -88,7 +88,7 @@ def allot(wishes: Iterable[Wish], room: int) -> dict[Hashable, int]:
 
 
 class _Step(NamedTuple):
-    """More bytes for a layer, and the seconds that they save."""
+    """More bytes for a layer, and the time that they save."""
 
     start: int
     end: int

@@ -159,7 +159,7 @@ def prepare(
     sizes, counts = (x.shape[1], x.shape[2], attn.heads), source.counts
     times = compare(layer, x, source, context.shape[-1], backend, chooser, bool(unreadable), bool(unkept))
     choice = Choice(fastest(times), counts, sizes, times, tuple(unreadable), tuple(unkept))
-    wanted = wish(layer, x, source, key=None).sizes
+    wanted = wish(layer, x, source, context.shape[-1], key=None).sizes
     keys = wanted[0]
     if choice.path == "absorbed" and room is not None and wanted[-1] > room:
         choice = replace(_second(choice), turned_down=wanted[-1] - min(keys, room))
@@ -192,17 +192,18 @@ def _second(choice: Choice) -> Choice:
     return replace(choice, path=fastest(times), times=times)
 
 
-def wish(layer: Layer, x: torch.Tensor, source: Source, key: Hashable) -> Wish:
-    """What a layer could keep: K and V, and A and VO where they are open; and the seconds that each saves."""
-    dtype, sizes = compute_dtype(x), (x.shape[1], x.shape[2], layer.attn.heads)
+def wish(layer: Layer, x: torch.Tensor, source: Source, context_width: int, key: Hashable) -> Wish:
+    """What a layer could keep: K and V, and A and VO where they are open; and the milliseconds that each saves."""
+    dtype = compute_dtype(x)
     keys = 2 * source.keys.index.numel() * x.shape[2] * dtype.itemsize
-    rates = RATES["cpu" if x.device.type == "cpu" else "cuda", min(4, dtype.itemsize)]
-    paths: tuple[Path, ...] = get_args(Path)
-    former, *savings = (seconds(path, *sizes, source.counts, source.length, rates, dtype.itemsize) for path in paths)
+    took = estimates(layer, x, source, context_width)
+    # By the rates alone, making K and V anew is free.
+    made = 2e3 * len(source.keys.counts) * source.length * context_width * x.shape[2] / _rates(x).products
     bytes_kept = keys, absorbed_bytes(source, layer.attn.heads, x.shape[2], dtype, x.device)
     is_open = not (source.attenuation or layer.kind == "images" or reading_refusals(layer))
     count = 2 if is_open else 1
-    return Wish(key, bytes_kept[:count], tuple(former - path for path in savings)[:count])
+    savings = (took["former"] + made - took["projected"], took["former"] + made - took["absorbed"])
+    return Wish(key, bytes_kept[:count], savings[:count])
 
 
 def compare(
@@ -216,23 +217,32 @@ def compare(
         unreadable: whether the weights cannot be read in place of calling the modules.
         unkept: whether K and V may not be kept.
     """
-    sizes, counts, length = (x.shape[1], x.shape[2], layer.attn.heads), source.counts, source.length
-    device, dtype = x.device, compute_dtype(x)
-    estimates = on_card(device, dtype, *sizes, counts, length, context_width)
-    if estimates is None:
-        rates = RATES["cpu" if device.type == "cpu" else "cuda", min(4, dtype.itemsize)]
-        paths: tuple[Path, ...] = get_args(Path)
-        estimates = {path: 1e3 * seconds(path, *sizes, counts, length, rates, dtype.itemsize) for path in paths}
+    expected = estimates(layer, x, source, context_width)
     called = unreadable or layer.kind == "images"
     if called or source.attenuation:
-        del estimates["absorbed"]
-    if len(estimates) - source.edited == 1:
-        times = Times(estimates, measured=False)  # there is no choice
+        del expected["absorbed"]
+    if len(expected) - source.edited == 1:
+        times = Times(expected, measured=False)  # there is no choice
     else:
         how: Projections = "anew" if unkept else "called" if called else "read"
-        times = chooser.times(layer, x, source, context_width, backend, how, estimates)
-    is_open = estimates.keys() - ({"former"} if source.edited else set())
+        times = chooser.times(layer, x, source, context_width, backend, how, expected)
+    is_open = expected.keys() - ({"former"} if source.edited else set())
     return replace(times, milliseconds={path: t for path, t in times.milliseconds.items() if path in is_open})
+
+
+def estimates(layer: Layer, x: torch.Tensor, source: Source, context_width: int) -> dict[str, float]:
+    """What each path is estimated to take, in milliseconds."""
+    sizes, counts, length = (x.shape[1], x.shape[2], layer.attn.heads), source.counts, source.length
+    dtype = compute_dtype(x)
+    found = on_card(x.device, dtype, *sizes, counts, length, context_width)
+    if found is not None:
+        return found
+    paths: tuple[Path, ...] = get_args(Path)
+    return {path: 1e3 * seconds(path, *sizes, counts, length, _rates(x), dtype.itemsize) for path in paths}
+
+
+def _rates(x: torch.Tensor) -> Rates:
+    return RATES["cpu" if x.device.type == "cpu" else "cuda", min(4, compute_dtype(x).itemsize)]
 
 
 def fastest(times: Times) -> Path:

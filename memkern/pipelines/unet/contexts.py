@@ -110,7 +110,7 @@ class Context:
             wishes = []
             for other, (layer, shape) in self._visited.items():
                 if other not in self._rooms and other[1:] == key[1:]:
-                    wishes.append(wish(layer, x.new_empty(()).expand(shape), source, other))
+                    wishes.append(wish(layer, x.new_empty(()).expand(shape), source, tensor.shape[-1], other))
             self._rooms |= allot(wishes, session.room(x.device))
         return self._rooms[key]
 
