@@ -73,7 +73,7 @@ class Wish:
 def allot(wishes: Iterable[Wish], room: int) -> dict[Hashable, int]:
     """The bytes that each layer may keep, no more than `room` together: the most time saved for a byte goes first.
 
-    A layer that is given more gives back what it had.
+    What is left is for layers that could keep more, the least first: timed, that may be faster than it was thought.
     """
     wanted = list(wishes)
     given = {wish.key: 0 for wish in wanted}
@@ -84,6 +84,11 @@ def allot(wishes: Iterable[Wish], room: int) -> dict[Hashable, int]:
         if given[key] == step.start and step.end - step.start <= room:
             given[key] = step.end
             room -= step.end - step.start
+    for wish in sorted(wanted, key=lambda wish: wish.sizes[-1] - given[wish.key]):
+        more = max((size for size in wish.sizes if size - given[wish.key] <= room), default=0)
+        if more > given[wish.key]:
+            room -= more - given[wish.key]
+            given[wish.key] = more
     return given
 
 

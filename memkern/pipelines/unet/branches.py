@@ -7,6 +7,7 @@ queries at 512 × 512.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ class SelfAttentionProcessor(LayerProcessor):
             return traced.attend_once(hidden_states, self.number)
         made: torch.Tensor = self.compute(attn, hidden_states)
         return made
+
+    __call__.__signature__ = inspect.signature(__call__)  # type: ignore[attr-defined]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(self, attn: Attention, x: torch.Tensor) -> torch.Tensor:
