@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from pairs import compare
 
-from memkern.pipelines.unet.layers import cross_attention_layers
 from memkern.testing import SiteHolder
 
 
@@ -44,7 +44,7 @@ def test_unet_step(benchmark, zeroed, dtype, again):
     model, sample = unet(dtype), torch.cat([torch.randn(1, 4, 64, 64, dtype=dtype)] * 2)
     context = torch.randn(2, 77, 768).to(dtype)
     context[1, 12 : 12 + zeroed] = 0
-    attentions = [attn for _, attn in cross_attention_layers(model)]
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
     formers = {attn: attn.processor for attn in attentions}
     holder = SiteHolder(model)
     ours = {attn: attn.processor for attn in attentions}
