@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from operator import index
 from typing import Any, Literal, SupportsIndex
 
@@ -180,7 +181,8 @@ class Policy:
         preset = PRESETS.get(name)
         if preset is None:
             known = ", ".join(row.usage for row in PRESETS.values())
-            raise ValueError(f"policy: unknown preset {text!r}; the presets are {known}")
+            near = "".join(f"; did you mean {guess!r}?" for guess in get_close_matches(name, PRESETS, n=1))
+            raise ValueError(f"policy: unknown preset {text!r}; the presets are {known}{near}")
         if not colon:
             return preset.policy()
         if not preset.parameters:

@@ -114,12 +114,12 @@ def test_real_vocabulary_gives_clips_ids(tokenizers):
     assert tokenizers["sd2"].pad_token_id == 0
 
 
-def test_readme_lists_every_preset():
+def test_page_of_presets_lists_every_one():
     from test_package import ROOT
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     for preset in PRESETS.values():
-        assert f"| `{preset.usage}` | {preset.summary} | {preset.equation} |" in readme
+        assert f"| `{preset.usage}` | {preset.summary} | {preset.equation} |" in page
 
 
 def test_numbers_of_a_preset_stay_with_it():

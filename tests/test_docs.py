@@ -19,7 +19,7 @@ from families import sd_families, sdxl_families
 from PIL import Image
 
 import memkern
-from memkern.cli import _parser
+from memkern.cli import parser
 
 ROOT = Path(__file__).parents[1]
 SITE = sorted((ROOT / "docs").rglob("*.md"))
@@ -109,7 +109,7 @@ def test_commands_are_ones_that_there_are(page):
         if program == "make":
             assert {target for target in arguments if "=" not in target} <= targets, command
         elif program == "memkern":
-            _parser().parse_args(arguments)
+            parser().parse_args(arguments)
 
 
 def test_every_page_is_in_the_sites_contents():

@@ -51,6 +51,7 @@ benchmark
 .
 demo
 audit
+explore
 cli
 __main__
 """

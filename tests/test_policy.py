@@ -80,7 +80,9 @@ def test_an_unknown_preset_is_told_of_all():
     usages = ", ".join(preset.usage for preset in PRESETS.values())
     assert "guard:alpha,tau" in usages
     with pytest.raises(ValueError, match=f"the presets are {re.escape(usages)}$"):
-        Policy.parse("zero-pads")
+        Policy.parse("blur")
+    with pytest.raises(ValueError, match=r"; did you mean 'zero-pad'\?$"):
+        Policy.parse("zero-pads:0.7")
 
 
 @pytest.mark.parametrize(

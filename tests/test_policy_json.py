@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from presets import numbered
 
 from memkern import PRESETS, Edit, Policy
 from memkern.actions import attenuate, exclude, logit_scale, replace, strength, zero
@@ -43,10 +44,6 @@ def test_what_is_written():
     policy = Policy(edits, reembed_pads="!")
     assert policy.to_json() == DOCUMENT
     assert Policy.from_json(DOCUMENT) == policy
-
-
-def numbered(preset):
-    return preset.policy(*(0.5 if each.default is None else each.default for each in preset.parameters))
 
 
 @pytest.mark.parametrize("policy", [numbered(preset) for preset in PRESETS.values()], ids=str)

@@ -24,7 +24,8 @@ from memkern.cli import main
 
 SETTINGS = {"policies": ["none", "zero-pad:0.7", "random-numbers:2"], "seeds": [0, 1], "limit": 2, "steps": 2}
 
-COMMAND = "-m memkern audit --policies none,zero-pad:0.7,random-numbers:2 --seeds 0,1 --limit 2 --steps 2".split()
+METHODS = "--policy none --policy zero-pad:0.7 --policy random-numbers:2".split()
+COMMAND = ["-m", "memkern", "audit", *METHODS, *"--seeds 0,1 --limit 2 --steps 2".split()]
 # Two processes, by the variables that `accelerate launch` sets as well where there are GPUs.
 TWO = "-m torch.distributed.run --nproc-per-node 2".split()
 # As in this process: another number of threads rounds otherwise.
@@ -192,8 +193,8 @@ def test_references_in_a_folder_and_one_that_is_no_image(tmp_path, capsys):
         (["--prompts", "{here}/x.csv"], "has no column prompt or caption or text; it has a, b"),
         (["--prompts", "{here}/y.csv", "--references", "nope"], "'nope' is neither a folder nor a column of"),
         (["--prompts", "{here}/bad.jsonl"], "bad.jsonl, line 1 is not JSON"),
-        (["--policies", "zero-everything"], "unknown preset 'zero-everything'"),
-        (["--policies", "random-tokens:many"], "random-tokens:many: expected a number after the colon, got 'many'"),
+        (["--policy", "zero-everything"], "unknown preset 'zero-everything'"),
+        (["--policy", "random-tokens:many"], "random-tokens:many: expected a number after the colon, got 'many'"),
         (["--sscd", "{here}/x.pdf"], "x.pdf is no TorchScript model"),
         (["--sscd", "{here}/none.pt"], "sscd: there is no file"),
         (["--model", "some/model", "--limit", "1"], "prompts: a file of prompts is needed"),

@@ -94,7 +94,7 @@ def test_g34_prompts(tmp_path, name, content, message):
         ("--policy {here}/bad.json", "bad.json: policy: "),
         ("--policy {here}/latin.json", "latin.json"),
         ("--policy zero-pad:2", "policy zero-pad:r: r must be in [0, 1], got 2"),
-        ("--policies none,,none", "unknown preset ''"),
+        ("--policy= --policy none", "unknown preset ''"),
         ("--model {here}/model.safetensors", "model: there is no file {here}/model.safetensors"),
         ("--model {here}/no.safetensors --prompts {here}/p.txt", "no.safetensors is no .safetensors file"),
         ("--model {here}/model.ckpt", "model.ckpt: a .ckpt file can run code; expected one of .safetensors"),

@@ -25,8 +25,6 @@ import memkern  # noqa: E402
 from memkern.testing import clip_tokenizer  # noqa: E402
 
 TABLE = HERE.parents[1] / "docs" / "compatibility.md"
-README = HERE.parents[1] / "README.md"
-MARKS = "<!-- made by tests/pipelines/compatibility.py -->", "<!-- until here -->"
 NOT_APPLICABLE = "–"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -148,24 +146,9 @@ def render_ways(found: dict[str, dict[str, dict[str, Verdict]]]) -> str:
     return "\n".join([*lines, "", *(f"{LETTERS[index]}. {note}" for index, note in enumerate(notes))]) + "\n"
 
 
-def summary(rows: dict[str, list[str]]) -> str:
-    """Markdown for the README: of each pipeline the stages, and the companions that it was run with."""
-    lines = ["| pipeline | stages | run with |", "| --- | --- | --- |"]
-    for name, (alone, *cells) in rows.items():
-        run = [companion for companion, cell in zip(COMPANIONS, cells, strict=True) if cell.startswith("works")]
-        stages = "embeds" if "kv refused" in alone else "embeds, kv"
-        lines.append(
-            f"| {name} | {stages} | {(', '.join(run) or NOT_APPLICABLE) if len(run) < len(COMPANIONS) else 'all'} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def write(rows: dict[str, list[str]], found: dict[str, dict[str, dict[str, Verdict]]]) -> None:
-    """Write the tables, and a summary between the README's marks."""
+    """Write the page."""
     TABLE.write_text(render(rows) + render_ways(found), encoding="utf-8")
-    before, _, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
-    behind = rest.partition(MARKS[1])[2]
-    README.write_text(f"{before}{MARKS[0]}\n{summary(rows)}{MARKS[1]}{behind}", encoding="utf-8")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import re
 import pytest
 import torch
 from field import OTHER, PROMPT, STAGES, counts, picture, told
+from presets import numbered
 
 import memkern
 from memkern import PRESETS, Edit, Policy
@@ -172,7 +173,7 @@ def test_g31_status_prints_the_windows(sd1):
 
 
 @pytest.mark.parametrize(
-    "policy", [*(name for name in PRESETS if name != "guard"), "guard:0.2,0.5", "zero-pad:0.4", *CUSTOM]
+    "policy", [*(numbered(preset) for preset in PRESETS.values()), "zero-pad:0.4", *CUSTOM], ids=str
 )
 def test_g31_policies_go_through_json(policy):
     policy = Policy.of(policy)

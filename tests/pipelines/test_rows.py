@@ -74,7 +74,7 @@ def test_images_of_one_prompt(tokenizers, prompt, options, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_kept_does_not_grow_with_the_images(tokenizers, stage):
+def test_g30_what_is_kept_does_not_grow_with_the_images(tokenizers, stage):
     kept = []
     for images in (1, 4):
         pipe = tiny_pipeline(tokenizers["sd1"])
