@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -84,6 +85,7 @@ def hub(tokenizers, names, monkeypatch):
         names["embeds"] = ip_adapter(pipe)["ip_adapter_image_embeds"]
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(loaded))
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", classmethod(loaded))
     monkeypatch.setattr(diffusers.ControlNetModel, "from_pretrained", net)
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_lora_weights", lambda pipe, *_, **__: lora(pipe))
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_ip_adapter", adapted)
@@ -105,7 +107,7 @@ def test_commands_are_ones_that_there_are(page):
     phony = re.search(r"^\.PHONY: (.*\\\n.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     targets = set(phony[1].replace("\\", "").split())
     for command in commands(page):
-        program, *arguments = command.split()
+        program, *arguments = shlex.split(command)
         if program == "make":
             assert {target for target in arguments if "=" not in target} <= targets, command
         elif program == "memkern":

@@ -126,9 +126,9 @@ def test_the_code_loads_the_model_that_is_shown(sd1):
 
 def test_what_has_no_page_is_refused(sd1):
     with pytest.raises(TypeError, match="pipe"):
-        serve(SimpleNamespace())
+        serve(SimpleNamespace(), wait=False)
     with pytest.raises(ValueError, match="cannot be patched"):
-        serve(type("FluxPipeline", (type(sd1),), {})(**sd1.components))
+        serve(type(sd1)(**sd1.components | {"text_encoder": None}), wait=False)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def client():
 
 def test_the_page_shows_tokens_and_code(client):
     tokens, code = client.predict(*VALUES, api_name="/described")
-    assert tokens.count('class="token pad edited"') == 2
+    assert tokens.count('class="token pad edited"') == 1
     assert "memkern.patch(pipe, 'zero-pad:0.5')" in code
 
 
@@ -161,7 +161,7 @@ def test_the_page_generates_both_sides(client):
 
     pairs = zip(before, after, strict=True)
     assert all(Image.open(a["image"]).tobytes() != Image.open(b["image"]).tobytes() for a, b in pairs)
-    assert "zero-pad" in status
+    assert "36 PAD zeroed" in status
     assert mass["plot"].startswith("data:image/")
     assert maps["plot"].startswith("data:image/")
 
