@@ -1,4 +1,4 @@
-"""`memkern info` and `memkern demo`, as a user runs them."""
+"""The commands of `memkern` as a user runs them; audits, benchmarks and the explorer have tests of their own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 
 import pytest
 from PIL import Image
+from transformers import T5Config, T5EncoderModel
 
-from memkern import PRESETS, demo
+from memkern import PRESETS, Policy, __version__, demo
 from memkern.audit import split
 from memkern.cli import main
 from memkern.testing import tiny_pipeline, train_tokenizer
@@ -29,6 +30,89 @@ def test_info_as_a_module():
         "build",
         *["backend"] * 4,
     ]
+
+
+def test_info_for_programs(capsys):
+    assert main(["info", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["versions"]["memkern"] == __version__
+    assert shown["backends"]["torch"] == "available"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"memkern {__version__}\n"
+
+
+def test_presets_are_listed_with_their_equations(capsys):
+    assert main(["presets"]) == 0
+    shown = capsys.readouterr().out
+    for preset in PRESETS.values():
+        assert preset.usage in shown
+        assert preset.summary in shown
+
+
+def test_presets_for_programs(capsys, tmp_path):
+    """Each is a document that `--policy` takes, but for those that need numbers."""
+    assert main(["presets", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == [preset.usage for preset in PRESETS.values()]
+    for row, (name, preset) in zip(rows, PRESETS.items(), strict=True):
+        if any(one.default is None for one in preset.parameters):
+            assert row["policy"] is None
+        else:
+            path = tmp_path / f"{name}.json"
+            path.write_text(json.dumps(row["policy"]))
+            assert main(["demo", "--policy", str(path), "--prompt", "a", "--steps", "1", "--out", str(tmp_path)]) == 0
+            assert Policy.from_json(path.read_text()) == Policy.parse(name)
+
+
+def test_support_says_what_would_be_patched(tmp_path, capsys):
+    tiny_pipeline(train_tokenizer(["a cat"])).save_pretrained(tmp_path)
+    assert main(["support", "--model", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "pipeline  StableDiffusionPipeline" in shown.out
+    assert "stages    embeds, kv" in shown.out
+    assert shown.err == "", "notices of other libraries"
+
+
+def test_support_says_why_a_model_is_refused(tmp_path, capsys):
+    pipe = tiny_pipeline(train_tokenizer(["a cat"]))
+    size = {"vocab_size": 1024, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    pipe.register_modules(text_encoder=T5EncoderModel(T5Config(**size)))
+    pipe.save_pretrained(tmp_path)
+    assert main(["support", "--model", str(tmp_path)]) == 1
+    assert "cannot be patched: its text_encoder is a T5EncoderModel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "guess"),
+    [
+        (["exlpore"], "explore"),
+        (["suport", "--model", "x"], "support"),
+        (["demo", "--polciy", "none"], "--policy"),
+        (["demo", "--policies", "none"], "--policy"),
+        (["bench", "--comple"], "--compile"),
+        (["presets", "--jsno"], "--json"),
+        (["demo", "--policy", "zero-pda"], "'zero-pad'"),
+        (["sweep", "--polic", "none"], "--policy"),
+    ],
+)
+def test_misspelt_names_are_guessed(arguments, guess, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert f"did you mean {guess}" in capsys.readouterr().err
+
+
+def test_names_that_are_like_no_other_are_not_guessed(capsys):
+    with pytest.raises(SystemExit):
+        main(["quux"])
+    error = capsys.readouterr().err
+    assert "invalid choice: 'quux'" in error
+    assert "did you mean" not in error
 
 
 def test_demo_of_the_embedded_model(tmp_path, capsys):
@@ -54,7 +138,7 @@ def test_demo_with_a_model_and_prompts_of_the_users(tmp_path, capsys):
     options = ["--policy", "zero-pad:1", "--steps", "1", "--seeds", "0", "--out", str(tmp_path / "out")]
     assert main(["demo", *arguments, *options]) == 0
     shown = capsys.readouterr().out
-    assert f"pictures:        {tmp_path / 'out' / 'grid.png'}" in shown
+    assert f"images:          {tmp_path / 'out' / 'grid.png'}" in shown
     for name, branch in (("a cat", "cond"), ("a\\|b", "cond"), ("(empty)", "cond"), ("(negative)", "uncond")):
         assert f"| {name} | zero-pad:1 | {branch} |" in shown
     with Image.open(tmp_path / "out" / "grid.png") as grid:

@@ -50,8 +50,8 @@ def names(sd1):
     ids = sd1.tokenizer("a cat", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
         embeds = sd1.text_encoder(ids)[0]
-    picture = Image.new("RGB", (16, 16), "teal")
-    return {"memkern": memkern, "pipe": sd1, "input_ids": ids, "embeds": embeds, "picture": picture}
+    photo = Image.new("RGB", (16, 16), "teal")
+    return {"memkern": memkern, "pipe": sd1, "input_ids": ids, "embeds": embeds, "photo": photo}
 
 
 @pytest.mark.parametrize("number", range(len(blocks(PAGES[0]))))

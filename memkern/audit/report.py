@@ -11,9 +11,9 @@ from typing import Any
 from PIL import Image
 
 from ..demo.grid import draw_grid
+from .images import Job, read
 from .manifest import Contents
 from .methods import Method
-from .pictures import Job, read
 from .prompts import Prompt
 from .results import SIMILARITIES, reference_of
 from .summary import NAMES, Summary, cell, paired, summarize, write_summary

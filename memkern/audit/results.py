@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from .images import TIMES, Job, read
 from .methods import UNMITIGATED, Method
 from .metrics import Metric, Shown
-from .pictures import TIMES, Job, read
 from .prompts import Prompt
 
 COPY = 0.5

@@ -10,12 +10,12 @@ import torch
 from tqdm import tqdm
 
 from ..policy import Policy
+from .images import Job, is_done, make
 from .listed import listed
 from .manifest import Contents, grown, write_manifest
 from .methods import UNMITIGATED, methods, split
 from .metrics import Weights, metrics
 from .models import EMBEDDED, Model, opened, settings_of
-from .pictures import Job, is_done, make
 from .processes import place, wait
 from .protocol import protocol as protocol_of
 from .report import write_report

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .pictures import TIMES
+from .images import TIMES
 from .results import COPY, KEY, SIMILARITIES
 
 RESAMPLES = 2000

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from ..policy import Policy
 from .front import Candidate, Swept, best, fronted, ordered, write
 from .grid import EVERYWHERE, grid
+from .images import Job, is_done, make, read
 from .judges import Judge, judge_of
 from .listed import listed
 from .manifest import Contents, grown, write_manifest
 from .methods import UNMITIGATED, Method, method
 from .metrics import Weights
 from .models import EMBEDDED, Model, opened, settings_of
-from .pictures import Job, is_done, make, read
 from .prompts import Prompt
 from .protocol import Protocol, protocol
 from .results import COPY

@@ -1,4 +1,4 @@
-"""What every command does: arguments in, lines on the terminal and files out, an exit status back."""
+"""The commands: arguments in, lines on the terminal and files out, an exit status back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..info import info
 from ..policy import Policy
-from ..presets import DEFAULT_POLICIES, PRESETS
+from ..presets import DEFAULT_POLICIES, PRESETS, Preset
 from .options import EMBEDDED
 
 
@@ -24,13 +24,19 @@ def _info(options: argparse.Namespace) -> int:
 
 def _presets(options: argparse.Namespace) -> int:
     if options.json:
-        rows = [{"name": row.usage, "summary": row.summary, "equation": row.equation} for row in PRESETS.values()]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json.dumps([_described(row) for row in PRESETS.values()], indent=2, ensure_ascii=False))
         return 0
     width = max(len(row.usage) for row in PRESETS.values())
     for row in PRESETS.values():
         print(f"{row.usage:<{width}}  {row.summary}\n{'':<{width}}  {row.equation}")
     return 0
+
+
+def _described(preset: Preset) -> dict[str, object]:
+    """A preset for programs; its policy is None where a number has no default."""
+    complete = all(one.default is not None for one in preset.parameters)
+    policy = json.loads(Policy.parse(preset.name).to_json()) if complete else None
+    return {"name": preset.usage, "summary": preset.summary, "equation": preset.equation, "policy": policy}
 
 
 def _support(options: argparse.Namespace) -> int:
@@ -165,7 +171,7 @@ def _exhibit(options: argparse.Namespace) -> int:
     print(
         f"{demo.table(results)}\n"
         "copies, correlation: memorized captions; a copy correlates with its training image by more than 0.9.\n"
-        "colour, background, position: ordinary captions; pictures that show what the caption says.\n"
+        "colour, background, position: ordinary captions; images that show what the caption says.\n"
         "In brackets: 95 % intervals, by a bootstrap over captions.\n"
         f"\nmemorized captions: {options.out / 'memorized.png'}\nordinary captions:  {options.out / 'ordinary.png'}\n"
         f"roles and edits:    {roles}"
@@ -183,7 +189,7 @@ def _demonstrate(options: argparse.Namespace) -> int:
         pipe, prompts, policies, options.out, seeds=options.seeds, steps=options.steps, guidance=options.guidance
     )
     table = demo.roles_table(pipe, prompts, policies)
-    print(f"{table}\npictures:        {grid}\nroles and edits: {_write_roles(table, options)}")
+    print(f"{table}\nimages:          {grid}\nroles and edits: {_write_roles(table, options)}")
     return 0
 
 

@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, build and backends")
     info.add_argument("--json", action="store_true", help="for programs")
     presets = commands.add_parser("presets", help="the presets, with what they do and their equations")
-    presets.add_argument("--json", action="store_true", help="each as a document that --policy takes, for programs")
+    presets.add_argument("--json", action="store_true", help="for programs; with the documents that --policy takes")
     support = commands.add_parser("support", help="what would be patched in a model, and what not and why")
     of_model(support)
     of_device(support)
@@ -51,9 +51,7 @@ def _explore(commands: Any) -> None:
 
 
 def _audit(commands: Any) -> None:
-    about = (
-        "how much a model memorizes, and what each policy does to that and to its pictures; goes on where it stopped"
-    )
+    about = "how much a model memorizes, and what each policy does to that and to its images; goes on where it stopped"
     audit = commands.add_parser("audit", help=about)
     of_model(audit)
     audit.add_argument("--prompts", type=Path, help="a .csv, .tsv, .jsonl or .txt file; default: the embedded model's")

@@ -18,7 +18,7 @@ from diffusers.pipelines.ddpm import DDPMPipeline
 from PIL import Image
 
 from memkern import audit, demo
-from memkern.audit import pictures
+from memkern.audit import images
 from memkern.audit.methods import method
 from memkern.cli import main
 
@@ -99,7 +99,7 @@ def test_a_killed_process_leaves_whole_pictures_only(unbroken, tmp_path):
     process.kill()
     process.wait()
     left = [path for path in (tmp_path / "images").rglob("*.png") if not path.name.startswith(".")]
-    assert all(pictures.is_done(path) for path in left)
+    assert all(images.is_done(path) for path in left)
     run(tmp_path)
     assert {k: v for k, v in files(tmp_path).items() if "partial" not in k} == files(unbroken)
     assert table(tmp_path) == table(unbroken)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from memkern import audit
+from memkern.audit.images import Job
 from memkern.audit.methods import Method
-from memkern.audit.pictures import Job
 from memkern.audit.prompts import Prompt
 from memkern.audit.results import write_csv
 from memkern.cli import main

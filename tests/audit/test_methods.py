@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from memkern import demo
+from memkern.audit.images import Job, generate
 from memkern.audit.methods import method
-from memkern.audit.pictures import Job, generate
 from memkern.audit.prompts import Prompt
 
 OPTIONS = {"num_inference_steps": 3, "guidance_scale": 7.5}
