@@ -1,5 +1,5 @@
-"""Turn pytest-benchmark's JSON into a Markdown table: `python benchmarks/report.py RUN.json [TABLE.md]`, and a plot
-beside it.
+"""Turn pytest-benchmark's JSON into Markdown tables: `python benchmarks/report.py RUN.json [PAGE.md]`, and a plot
+beside them.
 """
 
 from __future__ import annotations
@@ -10,24 +10,59 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+WHOLE = {
+    "unet_step": "denoising step of SD 1.5's UNet",
+    "compiled": "the same, compiled",
+    "inference_mode": "the same, in inference mode",
+    "autocast": "the same, under autocast",
+    "encode_prompt": "`encode_prompt`",
+    "host": "host time of a small layer",
+}
+"""Benchmarks of what a user waits for: prefix → name in the summary."""
 
-def table(run: dict) -> str:
-    """A row per benchmark; the ratio is the median over pairs timed in turn, with its quartiles."""
+
+def page(run: dict) -> str:
+    """The summary, then every row; the site shows either by its marks."""
+    parts = {"summary": whole(run) + speedups(run), "rows": rows(run) + rates(run)}
+    marked = [
+        "\n".join([f"<!-- --8<-- [start:{name}] -->", *lines, f"<!-- --8<-- [end:{name}] -->"])
+        for name, lines in parts.items()
+    ]
+    return "\n\n".join(marked) + "\n"
+
+
+def whole(run: dict) -> list[str]:
+    """The benchmarks of `WHOLE`: the time over the alternative's, the median over pairs timed in turn."""
     cpu = run["machine_info"]["cpu"]
+    machine = f"{cpu.get('brand_raw', 'unknown processor')}, {cpu.get('count')} cores, {run['datetime'][:10]}"
+    lines = [f"| {machine} | against | ratio of times (quartiles) |", "| --- | --- | ---: |"]
+    for prefix, name in WHOLE.items():
+        for bench in compared(run):
+            what, _, given = bench["name"].removeprefix("test_").partition("[")
+            if what == prefix:
+                against = bench["extra_info"]["alternative"]
+                lines.append(f"| {name}, {given.rstrip(']')} | {against} | {_ratio(bench)} |")
+    return lines
+
+
+def rows(run: dict) -> list[str]:
+    """A row per benchmark."""
     lines = [
-        f"{cpu.get('brand_raw', 'unknown processor')}, {cpu.get('count')} cores, {run['datetime'][:10]}",
-        "",
         "| benchmark | memkern, ms | against | ms | ratio (quartiles) |",
         "| --- | ---: | --- | ---: | ---: |",
     ]
     for bench in compared(run):
         info = bench["extra_info"]
-        low, high = info["ratio_quartiles"]
         lines.append(
             f"| {bench['name'].removeprefix('test_')} | {info['ours_ms']:.2f} | {info['alternative']} "
-            f"| {info['alternative_ms']:.2f} | {info['ratio']:.3f} ({low:.3f}–{high:.3f}) |"
+            f"| {info['alternative_ms']:.2f} | {_ratio(bench)} |"
         )
-    return "\n".join(lines + speedups(run) + rates(run)) + "\n"
+    return lines
+
+
+def _ratio(bench: dict) -> str:
+    low, high = bench["extra_info"]["ratio_quartiles"]
+    return f"{bench['extra_info']['ratio']:.3f} ({low:.3f}–{high:.3f})"
 
 
 def compared(run: dict) -> list[dict]:
@@ -88,7 +123,7 @@ def plot(run: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     recorded = json.loads(Path(sys.argv[1]).read_text())
-    text = table(recorded)
+    text = page(recorded)
     print(text)
     if len(sys.argv) > 2:
         Path(sys.argv[2]).write_text(text, encoding="utf-8")

@@ -69,13 +69,13 @@ def test_presets_for_programs(capsys, tmp_path):
             assert Policy.from_json(path.read_text()) == Policy.parse(name)
 
 
-def test_support_says_what_would_be_patched(tmp_path, capsys):
+def test_support_says_what_would_be_patched(tmp_path):
     tiny_pipeline(train_tokenizer(["a cat"])).save_pretrained(tmp_path)
-    assert main(["support", "--model", str(tmp_path)]) == 0
-    shown = capsys.readouterr()
-    assert "pipeline  StableDiffusionPipeline" in shown.out
-    assert "stages    embeds, kv" in shown.out
-    assert shown.err == "", "notices of other libraries"
+    command = [sys.executable, "-m", "memkern", "support", "--model", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "pipeline  StableDiffusionPipeline" in done.stdout
+    assert "stages    embeds, kv" in done.stdout
+    assert done.stderr == "", "notices of other libraries"
 
 
 def test_support_says_why_a_model_is_refused(tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 
 import memkern
 from memkern import demo
-from memkern.explore import Choice, runs, show
+from memkern.explore import Choice, page, runs, show
 from memkern.explore.page import build, chosen
 from memkern.explore.serve import example, loading, serve
 from memkern.explore.tokens import as_html
@@ -154,6 +154,16 @@ def test_the_page_says_what_is_wrong(client):
         client.predict(*VALUES[:2], "zero-pda", *VALUES[3:], api_name="/generated")
 
 
+def test_what_is_refused_is_refused_before_an_image_is_generated(client, monkeypatch):
+    def shown(pipe, choice, *, edited, report):
+        assert edited
+        raise ValueError("no kv stage here")
+
+    monkeypatch.setattr(page, "show", shown)
+    with pytest.raises(Exception, match="no kv stage here"):
+        client.predict(*VALUES, api_name="/generated")
+
+
 def test_the_page_generates_both_sides(client):
     before, after, mass, maps, status = client.predict(*VALUES, api_name="/generated")
     assert [row["caption"] for row in before] == [row["caption"] for row in after] == ["seed 0", "seed 3"]
@@ -168,5 +178,4 @@ def test_the_page_generates_both_sides(client):
 
 def test_the_page_fetches_nothing_from_elsewhere():
     """Its theme has no fonts of others."""
-    page = build(demo.load(), "pipe = None", example("embedded"))
-    assert not page.analytics_enabled
+    assert not build(demo.load(), "pipe = None", example("embedded")).analytics_enabled

@@ -112,9 +112,12 @@ def load(model: Model, made: Protocol, rank: int = 0) -> Any:
     elif model.single:
         pipe = _single_file(Path(model.source), model.config, dtype)
     else:
-        from diffusers import DiffusionPipeline
+        import diffusers
+        from packaging.version import Version
 
-        pipe = DiffusionPipeline.from_pretrained(model.source, torch_dtype=dtype)
+        # The former name warns from diffusers 0.42 on; the present one is ignored before it.
+        name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model.source, **{name: dtype})
     _add_loras(pipe, model.loras)
     return pipe.to(target)
 

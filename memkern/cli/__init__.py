@@ -1,4 +1,4 @@
-"""The command line, `memkern COMMAND`: each command's arguments in `parser`, what it does in `commands`."""
+"""The command line, `memkern COMMAND`: arguments in `parser`, the commands in `commands`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .commands import COMMANDS
 from .parser import parser
+from .quiet import hush
 
 __all__ = ["main", "parser"]
 
@@ -13,4 +14,6 @@ __all__ = ["main", "parser"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = parser().parse_args(arguments)
+    if options.command not in ("info", "presets"):
+        hush()
     return COMMANDS[options.command](options)

@@ -42,7 +42,6 @@ def _described(preset: Preset) -> dict[str, object]:
 def _support(options: argparse.Namespace) -> int:
     from ..pipelines import support
 
-    _hush()
     try:
         found = support(_load(options))
     except (OSError, TypeError, ValueError, ImportError) as error:
@@ -54,7 +53,6 @@ def _support(options: argparse.Namespace) -> int:
 def _explore(options: argparse.Namespace) -> int:
     from ..explore import serve
 
-    _hush()
     try:
         serve(_load(options), options.model, host=options.host, port=options.port, browser=not options.no_browser)
     except (OSError, TypeError, ValueError, ImportError) as error:
@@ -65,7 +63,6 @@ def _explore(options: argparse.Namespace) -> int:
 def _audit(options: argparse.Namespace) -> int:
     from .. import audit
 
-    _hush()
     given = {name: value for name, value in vars(options).items() if name not in ("command", "policy", "lora")}
     given |= {"policies": options.policy or DEFAULT_POLICIES, "loras": options.lora}
     try:
@@ -78,7 +75,6 @@ def _audit(options: argparse.Namespace) -> int:
 def _screen(options: argparse.Namespace) -> int:
     from .. import audit
 
-    _hush()
     given = {name: value for name, value in vars(options).items() if name not in ("command", "lora")}
     try:
         found = audit.screen(**given, loras=options.lora)
@@ -92,7 +88,6 @@ def _screen(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from .. import audit
 
-    _hush()
     given = {name: value for name, value in vars(options).items() if name not in ("command", "lora", "policy")}
     if options.policy:
         given["policies"] = options.policy
@@ -106,7 +101,6 @@ def _sweep(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     from ..tuning import tune
 
-    _hush()
     try:
         pipe, policies = _load(options), _policies(options)
         sizes, images = options.size or [None], options.images or [1]
@@ -120,7 +114,6 @@ def _tune(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from ..benchmark import bench
 
-    _hush()
     names = ("compile", "rounds", "batch", "size", "out")
     given = {name: getattr(options, name) for name in names} | ({"prompt": options.prompt} if options.prompt else {})
     try:
@@ -137,19 +130,7 @@ def _failed(command: str, error: Exception) -> int:
     return 1
 
 
-def _hush() -> None:
-    """Bars and advice of other libraries would bury what is shown here."""
-    import diffusers.utils.logging
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-
-
 def _demo(options: argparse.Namespace) -> int:
-    _hush()
     try:
         return (
             _exhibit(options)

@@ -1,4 +1,4 @@
-"""What was chosen on the page, as a policy and as the code that reproduces it."""
+"""The page's settings, as a policy and as the code that reproduces its images."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Choice:
         return edit if self.steps == (0.0, 1.0) else replace(edit, steps=self.steps)
 
     def options(self) -> dict[str, object]:
-        """What the pipeline is called with, but for the generator."""
+        """The arguments of the pipeline, without the generator."""
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative,

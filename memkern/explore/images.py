@@ -1,4 +1,4 @@
-"""Images of the same seeds unpatched and patched, and what the UNet attended to meanwhile."""
+"""Images of the same seeds unpatched and patched, and the UNet's attention meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shown:
     Attributes:
         images: one per seed.
         probe: the attention mass of all of them.
-        status: what was in force, in words; "unpatched" for the pipeline as it is.
+        status: `memkern.status` in words; "unpatched" for the pipeline as it is.
     """
 
     images: list[Image.Image]
@@ -32,10 +32,10 @@ class Shown:
 def show(pipe: Any, choice: Choice, *, edited: bool, report: Callable[[], None] = lambda: None) -> Shown:
     """Generate an image for each seed, unpatched or as chosen; `report` is called after each.
 
-    Nothing of it stays in the pipeline.
+    The pipeline is left as it was.
 
     Raises:
-        ValueError: the policy or the stage is not to be had with this pipeline.
+        ValueError: this pipeline cannot have the policy or the stage; with the reasons.
     """
     images = []
     with ExitStack() as stack:

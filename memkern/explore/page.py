@@ -1,4 +1,4 @@
-"""The page: controls on the left, what they do on the right. Generating is one at a time, the pipeline being shared."""
+"""The page: controls on the left, their effect on the right. Requests share the pipeline, and take turns."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def build(pipe: Any, loading: str, example: Choice) -> Any:
                 done += 1
                 progress((done, total), desc="images", unit="image")
 
-            before = show(pipe, choice, edited=False, report=report)
+            # First the side that may be refused.
             after = show(pipe, choice, edited=True, report=report)
+            before = show(pipe, choice, edited=False, report=report)
         except (TypeError, ValueError, RuntimeError) as error:
             raise gradio.Error(str(error), duration=None) from None
         labelled = [
@@ -73,20 +74,23 @@ def build(pipe: Any, loading: str, example: Choice) -> Any:
         return *labelled, plots.mass(*pair), plots.maps(*pair), after.status
 
     with gradio.Blocks(title="memkern: explore", analytics_enabled=False) as page:
-        gradio.Markdown("# memkern: explore\nWhat a policy does to a prompt, on this model.")
+        gradio.Markdown(
+            "# memkern: explore\nA prompt, its tokens by role, and images of the same seeds, unpatched and patched."
+        )
         with gradio.Row():
             with gradio.Column(scale=1, min_width=300):
                 controls = _controls(gradio, example)
                 run = gradio.Button("Generate", variant="primary")
             with gradio.Column(scale=2, min_width=300):
-                tokens = gradio.HTML(label="Tokens", show_label=True, container=True)
+                tokens = gradio.HTML(label="Tokens", show_label=False, container=True, padding=True)
                 with gradio.Row():
                     sides = [_gallery(gradio, name) for name in ("Unpatched", "Patched")]
+                gradio.Markdown("A zeroed token still takes attention, at a logit of 0; what it adds is zero.")
                 with gradio.Tabs():
                     with gradio.Tab("Attention by role"):
-                        mass = gradio.Plot(label="Share of the attention, a mean over layers", show_label=True)
+                        mass = gradio.Plot(label="Attention by role", show_label=False)
                     with gradio.Tab("Attention to EOT"):
-                        maps = gradio.Plot(label="Where the image attends to EOT, step by step", show_label=True)
+                        maps = gradio.Plot(label="Attention to EOT", show_label=False)
                     with gradio.Tab("Status"):
                         status = gradio.Textbox(label="memkern.status", lines=10, buttons=["copy"])
                     with gradio.Tab("Code"):
@@ -160,6 +164,7 @@ def _controls(gradio: Any, example: Choice) -> list[Any]:
 
 
 def _gallery(gradio: Any, name: str) -> Any:
-    return gradio.Gallery(
-        label=name, columns=2, object_fit="contain", format="png", interactive=False, buttons=["download"]
-    )
+    options = {"columns": 2, "elem_classes": "side", "object_fit": "contain", "format": "png", "buttons": ["download"]}
+    with gradio.Column(min_width=260):
+        gradio.Markdown(f"#### {name}")
+        return gradio.Gallery(label=name, show_label=False, interactive=False, **options)

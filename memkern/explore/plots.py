@@ -15,6 +15,7 @@ COLOURS = {Role.SOT: "#6b7280", Role.PROMPT: "#2563eb", Role.EOT: "#dc2626", Rol
 def mass(before: Probe, after: Probe) -> Any:
     """Attention mass per role over the steps, a mean over layers: dashed unpatched, solid patched."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axis = figure.subplots()
@@ -22,14 +23,15 @@ def mass(before: Probe, after: Probe) -> Any:
         for role, values in found.mass("cond").items():
             curve = values.nanmean(0)
             axis.plot(range(len(curve)), curve, style, color=COLOURS[role], label=f"{role.name}, {name}")
-    axis.set(xlabel="step", ylabel="share of the attention", ylim=(0, 1))
+    axis.set(xlabel="denoising step", ylabel="attention mass, mean over layers", ylim=(0, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
 def maps(before: Probe, after: Probe, count: int = 6) -> Any:
-    """Where the image attends to EOT over the steps: a row of maps unpatched, a row patched, on one scale."""
+    """Maps of the attention to EOT over the steps: a row unpatched, a row patched, on one scale."""
     from matplotlib.figure import Figure
 
     rows = [found.maps("cond") for found in (before, after)]

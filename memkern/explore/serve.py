@@ -54,7 +54,8 @@ def serve(
 
     pipe.set_progress_bar_config(disable=True)
     page = build(pipe, loading(pipe, model), example(model))
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gradio.themes.Default(primary_hue="purple", **fonts)
     options = {"css": CSS, "theme": theme, "footer_links": [], "share": False, "ssr_mode": False}
     _, address, _ = page.queue(default_concurrency_limit=4).launch(
         server_name=host,
@@ -82,7 +83,7 @@ def loading(pipe: Any, model: str) -> str:
 
 
 def example(model: str) -> Choice:
-    """What the controls show at first: a memorized caption, where one is known."""
+    """The controls' first values: a memorized caption, where one is known."""
     if model == EMBEDDED:
         return Choice(DEFAULT_POLICIES[0], prompt=embedded.memorized()[0][0], guidance=5.0)
     return Choice(DEFAULT_POLICIES[0], prompt=PROMPTS[0])

@@ -58,7 +58,7 @@ def as_html(found: list[Run]) -> str:
 
 
 def _edits(policy: Policy, plan: Plan, roles: torch.Tensor, branch: Branch) -> Iterator[str]:
-    """What happens to each position, in words."""
+    """The edits of each position, in words."""
     attenuated = torch.zeros_like(roles, dtype=torch.bool)
     for edit in policy.edits_on(branch):
         if edit.action.kind == "attenuate":
