@@ -2,11 +2,11 @@
 
 MEMKERN_BUILD=auto  (default) build what can be built; never fails
               cpp   the CPU library, or fail
-              cuda  the CPU and the CUDA library, or fail; no GPU is needed, and a CPU build of torch will do
+              cuda  the CPU and the CUDA library, or fail; no GPU is needed, and a CPU build of torch is enough
               none  pure Python
 
 CUDACXX or CUDA_HOME name an nvcc that is not on PATH; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") the architectures.
-What was built, or why not, is written to `memkern/build.json`, which `memkern info` shows.
+The result, or the reason of a failure, is written to `memkern/build.json`, which `memkern info` shows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if MODE not in MODES:
 
 
 class Unavailable(Exception):
-    """Why something cannot be built here."""
+    """The reason why something cannot be built here."""
 
 
 def cpp_library() -> tuple[Extension, type[build_ext]]:
@@ -53,7 +53,7 @@ def cpp_library() -> tuple[Extension, type[build_ext]]:
     extension = CppExtension(
         "memkern._C", sources, depends=HEADERS, extra_compile_args=DEFINES + flags, py_limited_api=True
     )
-    # A few small files: ninja would gain nothing and is one more thing that may be missing.
+    # For a few small files ninja gains nothing, and it may be missing.
     return extension, BuildExtension.with_options(use_ninja=False)
 
 
@@ -67,7 +67,7 @@ def find_nvcc() -> str:
 
 
 def run(command: list[str]) -> str:
-    """What a compiler prints; where it fails, that is in the error."""
+    """The output of a compiler; if it fails, the output is in the error."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unavailable(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
@@ -75,7 +75,7 @@ def run(command: list[str]) -> str:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """What to compile for, "sm_80" for machine code and "compute_120" for PTX, as far as nvcc can."""
+    """The compile targets that nvcc supports: "sm_80" for machine code, "compute_120" for PTX."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if asked:
         wanted = re.findall(r"(\d+)\.(\d)(\+PTX)?", asked)
@@ -91,10 +91,10 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def link_to_torch(nvcc: str, folder: Path) -> list[str]:
-    """Linker flags for libtorch, libtorch_cuda included where this torch has none.
+    """Linker flags for libtorch and libtorch_cuda, even if this torch has no libtorch_cuda.
 
-    Python loads libtorch for itself alone, so the library has to name what it needs of it. In a CPU build of torch
-    an empty library under the name of libtorch_cuda.so stands in; only the name goes into ours.
+    Python loads libtorch privately, so the library has to name the libraries that it needs. In a CPU build of torch
+    an empty library named libtorch_cuda.so stands in; only its name goes into ours.
     """
     from torch.utils.cpp_extension import library_paths
 
@@ -110,7 +110,7 @@ def link_to_torch(nvcc: str, folder: Path) -> list[str]:
 
 
 def build_cuda(output: Path, folder: Path) -> dict[str, object]:
-    """Compile and link the CUDA library, which knows nothing of Python, in one call; what with and for what."""
+    """Compile and link the CUDA library, which does not use Python, in one call; the nvcc and the targets."""
     from torch.utils.cpp_extension import include_paths
 
     nvcc = find_nvcc()
@@ -130,7 +130,7 @@ def build_cuda(output: Path, folder: Path) -> dict[str, object]:
 
 
 def prepare() -> tuple[list[Extension], type[build_ext], str, str]:
-    """The extensions to build, the command that builds them, and why there is no CPU and no CUDA library."""
+    """The extensions to build, the command that builds them, and the reasons for no CPU and no CUDA library."""
     if MODE == "none":
         return [], build_ext, "MEMKERN_BUILD=none", "MEMKERN_BUILD=none"
     extensions, command = [], build_ext
@@ -144,7 +144,7 @@ def prepare() -> tuple[list[Extension], type[build_ext], str, str]:
         if MODE != "auto":
             raise SystemExit(f"MEMKERN_BUILD={MODE}: {reason}") from reason
         return extensions, command, "" if extensions else str(reason), str(reason)
-    # Without sources: torch's build command would look for a CUDA build of torch. `build_cuda` finds them itself.
+    # Without sources, as torch's build command would look for a CUDA build of torch. `build_cuda` finds them itself.
     return [*extensions, Extension("memkern._cuda", [], py_limited_api=True)], command, "", ""
 
 
@@ -154,18 +154,18 @@ for extension in EXTENSIONS:
 
 
 def version() -> str:
-    """Of the package, without importing it."""
+    """The version of the package, without importing it."""
     return re.findall(r'__version__ = "(.*)"', (PACKAGE / "version.py").read_text())[0]
 
 
 def fingerprint(library: Path) -> dict[str, object]:
-    """What a library is known by before it is loaded."""
+    """The size and digest that identify a library before it is loaded."""
     content = library.read_bytes()
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def record(folder: Path, cpp: str = CPP_REASON, cuda_reason: str = CUDA_REASON, cuda: object = None) -> None:
-    """Write what was built, or why not, into the package at `folder`."""
+    """Write the result of the build, or the reasons against it, into the package at `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     outcome = {"version": version(), "mode": MODE, "cpp": not cpp, "cuda": cuda}
     outcome |= {"reason": cpp, "cuda_reason": cuda_reason}
@@ -179,7 +179,7 @@ def record(folder: Path, cpp: str = CPP_REASON, cuda_reason: str = CUDA_REASON, 
 
 
 class Build(BASE_COMMAND):  # type: ignore[misc, valid-type]
-    """Builds what `prepare` found, lets it fail where the mode is auto, and records the outcome."""
+    """Builds the extensions of `prepare`, allows failures if the mode is auto, and records the outcome."""
 
     def run(self) -> None:
         """Build, then write `memkern/build.json` beside the package."""
@@ -201,15 +201,15 @@ class Build(BASE_COMMAND):  # type: ignore[misc, valid-type]
             if MODE != "auto":
                 raise
             self.reasons[extension.name] = f"the build failed: {error}".splitlines()[0]
-            print(f"memkern: {extension.name}: the build failed, going on without it: {error}")
+            print(f"memkern: {extension.name}: the build failed, continuing without it: {error}")
 
     def get_outputs(self) -> list[str]:
-        """None where the build was given up, so that nothing missing is packed."""
+        """The built files; not those of a failed build, so that nothing missing is packed."""
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
 if not EXTENSIONS:
-    # build_ext does not run: the record goes into the tree, and from there into the package as data.
+    # build_ext does not run: the record goes into the source tree, and from there into the package as data.
     record(PACKAGE)
 
 setup(

@@ -1,4 +1,4 @@
-// What the op files of the CPU and of CUDA share: checks of an operator's tensors, strided views, dtype
+// Parts that the op files of the CPU and of CUDA share: checks of an operator's tensors, strided views, dtype
 // dispatch. Schemas and contracts: memkern/ops/<operator>.py
 #pragma once
 
@@ -21,7 +21,7 @@ using torch::stable::Tensor;
   THO_DISPATCH_V2(dtype, name, AT_WRAP(__VA_ARGS__), AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, \
                   ScalarType::BFloat16)
 
-// The tensor itself where its last dimension is dense, else a contiguous copy.
+// The tensor itself if its last dimension is dense, else a contiguous copy.
 inline Tensor dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   const bool dense = tensor.size(last) <= 1 || tensor.stride(last) == 1;
@@ -50,7 +50,7 @@ inline Tensor check_plan(const char* name, const Tensor& tensor, const Tensor& r
   return torch::stable::contiguous(tensor);
 }
 
-// What an edit reads and writes: embeddings, or K, or V.
+// The tensors that an edit reads and writes: embeddings, or K, or V.
 struct Edit {
   Tensor rows;                 // [B, L, D], last dimension dense
   std::optional<Tensor> bank;  // [B, M, D], the rows that follow
@@ -86,7 +86,7 @@ inline void check_pair(const Edit& k, const Edit& v) {
   STD_TORCH_CHECK(k.bank_length() == v.bank_length(), "v_bank: expected the shape of k_bank");
 }
 
-// What embed_tokens reads and writes.
+// The tensors that embed_tokens reads and writes.
 struct Lookup {
   Tensor ids;        // int64 [B, L]
   Tensor roles;      // uint8 [B, L]

@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`bench`, imported when it is asked for."""
+    """`bench`, imported on first use."""
     if name == "bench":
         from .benchmark import bench
 

@@ -1,7 +1,7 @@
-"""Actions: what happens to the keys of a token role.
+"""Actions: the effects of an edit on the keys of a token role.
 
-`zero` and `exclude` are different things: a zeroed key keeps its place in the softmax (logit 0) and
-contributes nothing; an excluded key is not in the softmax at all.
+`zero` and `exclude` differ: a zeroed key keeps its place in the softmax (logit 0) and contributes nothing; an
+excluded key is not in the softmax at all.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ REEMBEDDED_AS = "!"
 
 
 class Bank(str, Enum):
-    """Rows beside a sequence's own, which `replace` can read."""
+    """Rows besides a sequence's own, which `replace` can read."""
 
     PAD_MEAN = "pad-mean"
     """The mean of the PAD rows of the same window."""
     PAD_REEMBEDDED = "pad-reembedded"
-    """The row at the same position, the prompt encoded with "!" for its pads."""
+    """The row at the same position of the prompt encoded with "!" for its pads."""
 
 
 _TAKES: dict[str, tuple[str, ...]] = {
@@ -40,10 +40,10 @@ _TAKES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Action:
-    """What happens to the keys that an edit selects; made by the functions below.
+    """The effect on the keys that an edit selects; made by the functions below.
 
     Raises:
-        ValueError: a kind that there is not, or one without what it takes or with what it does not take.
+        ValueError: an unknown kind, a missing argument of the kind, or one that the kind does not take.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class Action:
 
     @property
     def needs_attention(self) -> bool:
-        """Whether no edit of the embeddings expresses this action."""
+        """True if no edit of the embeddings expresses this action."""
         return self.kind in ("exclude", "logit_scale", "logit_bias", "attenuate")
 
 
@@ -110,7 +110,7 @@ def logit_bias(bias: float) -> Action:
 def attenuate(factor: float, threshold: float) -> Action:
     """The logit of a key that stands out is multiplied by `factor` (GUARD, arXiv 2603.00133). Needs the kv stage.
 
-    Per head, a key stands out whose greatest logit over the queries has a z-score above `threshold` among all
+    Per head, a key stands out if its greatest logit over the queries has a z-score above `threshold` among all
     keys of the row that are attenuated (standard deviation over them, not an estimate from a sample).
     """
     return Action("attenuate", finite("attenuate", factor), threshold=finite("attenuate", threshold))
@@ -122,7 +122,7 @@ def strength(amount: float) -> Action:
 
 
 def source_name(source: Role | Bank) -> str:
-    """What `replace` takes for `source`: "eot", "pad-mean"."""
+    """The name that `replace` takes for `source`: "eot", "pad-mean"."""
     return source.name.lower() if isinstance(source, Role) else source.value
 
 
@@ -138,11 +138,11 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def finite(name: str, value: object) -> float:
-    """`value` as a float, or a ValueError if it is no number, infinite, or beyond what a float holds."""
+    """`value` as a float, or a ValueError if it is no number, infinite, or too large for a float."""
     if not _is_number(value) or not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     try:
-        return float(value) + 0.0  # -0 is 0: equal numbers print alike
+        return float(value) + 0.0  # -0 becomes 0: equal numbers print alike
     except OverflowError:
         raise ValueError(f"{name}: expected a number that a float can hold, got a larger one") from None
 

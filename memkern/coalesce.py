@@ -1,7 +1,7 @@
 """Coalescing: m keys with identical k and v are one key with log m added to its logit, exactly.
 
-An edited context is redundant: all of its zeroed rows are one key, and so is a run of equal rows. What is left
-can be read from the context itself, whoever made it, or from the plan that it was edited by.
+An edited context is redundant: all of its zeroed rows are one key, and so is a run of equal rows. The keys that are
+left can be read from the context itself, also if others made it, or from the plan that edited it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from .plan import Plan
 
 MULTIPLE = 8
-"""Keys are padded to a multiple of this with excluded ones: matrix products gain more than they cost."""
+"""The multiple to which keys are padded with excluded ones: matrix products gain more than that costs."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Keys:
     Attributes:
         index: int64 `[B, n]`, the row of the context that stands for each key.
         bias: float32 `[B, n]`, the log of how many rows it stands for, plus the plan's bias; -inf for padding.
-        counts: how many keys each sequence has before its padding.
+        counts: number of keys of each sequence before its padding.
     """
 
     index: torch.Tensor
@@ -38,10 +38,10 @@ class Keys:
 
 
 def coalesce(context: torch.Tensor) -> Keys:
-    """Read what is left of a context from its rows: zero rows, and runs of equal ones. One device sync.
+    """Find the keys that are left of a context from its rows: zero rows, and runs of equal ones. One device sync.
 
     Args:
-        context: `[B, L, D]`, what cross-attention reads.
+        context: `[B, L, D]`, the rows that cross-attention reads.
     """
     zero = (context == 0).all(-1)
     same = torch.zeros_like(zero)
@@ -56,7 +56,7 @@ def coalesce(context: torch.Tensor) -> Keys:
 
 
 def coalesce_plan(plan: Plan) -> Keys:
-    """Read what is left from a plan: keys that read the same row in the same way, wherever they stand.
+    """Find the keys that are left from a plan: those that read the same row in the same way are one, at any positions.
 
     Excluded keys disappear. The index is that of the edited context. One device sync if the plan is on a device.
     """
@@ -75,7 +75,7 @@ def coalesce_plan(plan: Plan) -> Keys:
 
 
 def every_key(plan: Plan) -> Keys:
-    """Every key of a plan that is not excluded, each for itself."""
+    """Every key of a plan that is not excluded, none of them merged."""
     groups = [
         [None if value == -math.inf else position for position, value in enumerate(row)]
         for row in plan.bias.cpu().tolist()
@@ -84,7 +84,7 @@ def every_key(plan: Plan) -> Keys:
 
 
 def _keys(groups: Sequence[Sequence[Hashable]], biases: Sequence[Sequence[float]], device: torch.device) -> Keys:
-    """One key per name and sequence, at the first position that has it; None has none."""
+    """One key per name and sequence, at the first position with that name; None gives no key."""
     kept: list[list[int]] = []
     logs: list[list[float]] = []
     for names, bias in zip(groups, biases, strict=True):

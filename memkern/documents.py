@@ -1,4 +1,4 @@
-"""JSON documents, read strictly: what is wrong is a ValueError that begins with the names of the fields it is in."""
+"""JSON documents, read strictly: an error is a ValueError that begins with the names of the fields it is in."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def load(text: str) -> dict[str, Any]:
-    """The JSON object that `text` is.
+    """The JSON object in `text`.
 
     Raises:
-        ValueError: it is no text, no JSON, not an object, or an object in it has a field twice or NaN.
+        ValueError: it is not text, not JSON or not an object, or an object in it has a field twice or NaN.
     """
     if not isinstance(text, str):
         raise ValueError(f"expected text, the JSON of an object, got {type(text).__name__}")
@@ -36,7 +36,7 @@ def checked(value: object, allowed: tuple[str, ...], required: tuple[str, ...] =
             raise ValueError(f"{name}: unknown field, got {_short(value[name])}; the fields are {', '.join(allowed)}")
     for name in required:
         if name not in value:
-            raise ValueError(f"{name}: missing, got {_short(value)}; it has to be given")
+            raise ValueError(f"{name}: missing, got {_short(value)}; it is required")
     return value
 
 
@@ -49,7 +49,7 @@ def listed(name: str, value: object) -> list[Any]:
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """Put the name of a field before whatever is said to be wrong in there, as a ValueError."""
+    """Put the name of a field before the message of an error in it, as a ValueError."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -29,15 +29,15 @@ def apply_policy(
     A patched pipeline accepts the result as `prompt_embeds`: it is recognised as already edited.
 
     Args:
-        embeds: `[B·n, L, D]`, the text encoder's output; each sequence's n images side by side.
-        input_ids: int `[B, L]`, what the text encoder was called with.
+        embeds: `[B·n, L, D]`, the text encoder's output; the rows of a sequence's n images are adjacent.
+        input_ids: int `[B, L]`, the ids that the text encoder was called with.
         policy: the policy, or a preset's name. One that re-embeds the pads needs embeddings that were
-            encoded with those pads: it is checked, and refused otherwise.
+            encoded with those pads: the ids are checked, and refused otherwise.
         branch: "cond" for prompts, "uncond" for negative prompts.
         eos_token_id: the tokenizer's EOT id.
         reembed_id: the id of the token that the policy pads with, 0 for CLIP's "!".
         reembedded: `[B, L, D]`, the same prompts encoded with "!" for their pads, for `replace("pad-reembedded")`.
-        cond_input_ids: int `[B, L]`, of "uncond" rows the ids of the prompts they are paired with, where an edit has
+        cond_input_ids: int `[B, L]`, for "uncond" rows the ids of the prompts they are paired with, where an edit has
             `roles_of="cond"`.
         context_length: tokens in a window.
         backend: "auto", "cpp" or "torch".
@@ -100,8 +100,8 @@ def edit_embeddings(
 ) -> torch.Tensor:
     """Apply the policy's edits (not its re-embedding) to `embeds` `[B·n, L, D]` with `roles` `[B, L]`.
 
-    The plan is made where the roles are, usually on the host; embeddings on a device are not waited for. The result
-    is `embeds` itself where there is nothing to edit.
+    The plan is made where the roles are, usually on the host, without waiting for embeddings on a device. The result
+    is `embeds` itself if there is nothing to edit.
     """
     if embeds.dim() != 3 or embeds.shape[1] != roles.shape[1] or embeds.shape[0] % max(1, roles.shape[0]):
         raise ValueError(f"embeds: expected [B·n, L, D] for roles {list(roles.shape)}, got {list(embeds.shape)}")
@@ -120,7 +120,7 @@ def edit_embeddings(
 
 
 def count_edits(plan: Plan, roles: torch.Tensor) -> list[dict[str, int]]:
-    """For each row, what a plan does to how many positions, such as {"EOT zeroed": 1, "PAD replaced": 70}."""
+    """Counts of positions per effect of a plan, for each row, such as {"EOT zeroed": 1, "PAD replaced": 70}."""
     own = torch.arange(roles.shape[1], dtype=plan.source.dtype, device=roles.device)
     excluded, zeroed, replaced = plan.bias == -torch.inf, plan.v_scale == 0, plan.source != own
     scaled = (plan.k_scale != 1) | (plan.v_scale != 1) | (plan.bias != 0)

@@ -1,4 +1,4 @@
-"""What a user is told when a prompt would go through unmitigated."""
+"""The error and the warning for a prompt that would go through unmitigated."""
 
 
 class UnmitigatedError(RuntimeError):

@@ -1,4 +1,4 @@
-"""What this installation of memkern is made of: `memkern.info()` and `memkern info`."""
+"""The parts of this installation of memkern: `memkern.info()` and `memkern info`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Info:
     """Versions, how the package was built, and which backends run here.
 
     Attributes:
-        versions: package name → version, or "absent"; the GPUs and what they are.
-        build: what the build wrote down.
-        backends: backend → "available", or why it is not.
-        failures: what was tried in this process and could not be launched.
+        versions: package name → version, or "absent"; GPU → its name and architecture.
+        build: the record that the build wrote.
+        backends: backend → "available", or the reasons why it is not.
+        failures: launches that were tried in this process and failed.
     """
 
     versions: dict[str, str]
@@ -40,7 +40,7 @@ class Info:
 
 def info() -> Info:
     """Describe this installation."""
-    # Of what is running: metadata may be of another installation.
+    # Versions of the modules that run: metadata may be of another installation.
     versions = {"memkern": __version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {name: _version(name) for name in ("diffusers", "transformers", "triton")}
     versions["cuda"] = torch.version.cuda or f"absent: torch is a {'ROCm' if torch.version.hip else 'CPU'} build"
@@ -53,7 +53,7 @@ def info() -> Info:
 
 
 def _against(backend: str) -> list[str]:
-    """Why `backend` cannot run on this machine."""
+    """The reasons why `backend` cannot run on this machine."""
     reasons = backends.installed(backend)
     needs_gpu = backend == "cuda" or (backend == "triton" and not backends.INTERPRETING)
     return [*reasons, "torch sees no GPU"] if needs_gpu and not torch.cuda.is_available() else reasons

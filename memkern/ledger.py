@@ -1,7 +1,7 @@
-"""Which rows memkern has made, how, and for which branch, so that they are known when they come back.
+"""The rows that memkern has made, how, and for which branch, so that it recognises them later.
 
 Embeddings carry no token ids, so a patched pipeline cannot classify those that it is given; it can recognise its own:
-that very tensor, or else rows of the same values.
+the same tensor, or else rows of the same values.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from .seen import Seen, fingerprints
 Stage = Literal["embeds", "kv"]
 
 LIMIT = 4096
-"""Rows of how many different values are remembered beyond the life of their tensors."""
+"""The number of different values whose rows are remembered beyond the life of their tensors."""
 
-TOLD = 8
-"""Above what any caller ranks a row."""
+UNEDITED_RANK = 8
+"""The rank of a row that a request let through unedited, above any rank that a caller gives."""
 
 ENCODINGS = 8
-"""Of how many encodings equal rows are told apart."""
+"""The number of encodings whose equal rows are kept apart."""
 
 UNRESOLVED = 64
-"""How many batches may wait on their device until someone asks for a row."""
+"""The number of batches that may wait on their device until a caller asks for a row."""
 
 
 @dataclass(frozen=True, eq=False)
 class KnownRow:
-    """What is known of one row of embeddings `[L, D]`.
+    """The facts about one row of embeddings `[L, D]` that memkern made.
 
     Attributes:
-        policy: what it was made under.
-        branch: whose it is.
-        roles: of each text encoder, uint8 `[L]` on the host.
-        stage: "embeds": it is edited; "kv": only its pads are, keys and values will be.
-        columns: of each text encoder, the columns it made; all of them if empty.
+        policy: the policy that it was made under.
+        branch: its branch.
+        roles: for each text encoder, uint8 `[L]` on the host.
+        stage: "embeds": the row is edited; "kv": only its pads are re-embedded, keys and values will be edited.
+        columns: for each text encoder, the columns it made; all of them if empty.
         paired: the roles of the prompt it belongs to, as `roles`, for a row of a negative prompt; None if not known.
         reembedded: `[L, D]`, the same prompt encoded with "!" for its pads, where the policy reads that.
         window: tokens in a window.
-        unedited: whether the policy should have edited it and could not.
-        maker: the pipeline's family that made it, weakly, where one did.
-        call: counts the encodings of a process; rows of one prompt and its negative have the same.
+        unedited: True if the policy should have edited it and could not.
+        maker: a weak reference to the pipeline's family that made it, if one did.
+        call: the number of the encoding in the process; rows of one prompt and its negative have the same.
     """
 
     policy: Policy
@@ -66,20 +66,20 @@ class KnownRow:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its values are any encoder's, and tell nothing of an edit."""
+        """True if its values are those of an encoder, without an edit."""
         return self.stage == "kv" or not self.policy.touches(self.branch)
 
     def serves(self, policy: Policy, stage: Stage) -> bool:
-        """Whether it is what a pipeline with this in force makes; rows that are edited already serve at both stages."""
+        """True if a pipeline with this policy and stage makes such rows; rows edited already serve at both stages."""
         return not self.unedited and self.policy == policy and self.stage in ("embeds", stage)
 
 
 KnownRows = tuple[KnownRow | None, ...]
-"""What each row of a batch is; None for one that memkern did not make."""
+"""The known row for each row of a batch; None for one that memkern did not make."""
 
 
 def row_keys(rows: torch.Tensor) -> Iterator[Hashable]:
-    """What each of `rows` `[B, L, D]` is found by; one device sync."""
+    """The key that finds each of `rows` `[B, L, D]`; one device sync."""
     return _keys(fingerprints(rows), rows.shape[1:], rows.dtype)
 
 
@@ -91,7 +91,7 @@ class RowTable:
     """Known rows by their values.
 
     Args:
-        limit: how many different values are kept, the oldest leaving first; None for all.
+        limit: how many different values are kept, the oldest removed first; None for all.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -100,11 +100,11 @@ class RowTable:
 
     @property
     def calls(self) -> set[int]:
-        """The encodings that its rows are of."""
+        """The encodings that made its rows."""
         return {row.call for rows in self._rows.values() for row in rows}
 
     def add(self, keys: Iterable[Hashable], rows: Sequence[KnownRow]) -> None:
-        """Note the rows of one batch, as well as those of the same values from the last few encodings."""
+        """Add the rows of one batch; rows of the same values from the last few encodings are kept."""
         found: dict[Hashable, list[KnownRow]] = {}
         for key, row in zip(keys, rows, strict=True):
             found.setdefault(key, []).append(row)
@@ -130,7 +130,7 @@ class Ledger:
         self._lock = threading.RLock()
 
     def remember(self, tensor: torch.Tensor, rows: Sequence[KnownRow]) -> None:
-        """Note what the rows of `tensor` `[B, L, D]` are, as they are now; no device sync on most calls."""
+        """Record the known rows of `tensor` `[B, L, D]` with its present values; no device sync on most calls."""
         if tensor.device.type == "meta":
             return
         key, rows = Seen.key(tensor), tuple(rows)
@@ -157,14 +157,14 @@ class Ledger:
         rank: Callable[[KnownRow], int] = bool,
         order: Sequence[Branch] = (),
     ) -> KnownRows:
-        """What the rows of `tensor` `[B, L, D]` are: by identity, else by value, which takes a device sync.
+        """The known rows of `tensor` `[B, L, D]`: by identity, else by value, which needs a device sync.
 
-        Where several are equal, as images of a prompt are, each is taken as often as the others.
+        Where several are equal, as for images of a prompt, each is taken as often as the others.
 
         Args:
-            first: rows that are looked at before the process's own.
-            rank: of those that were made for different purposes, the ones of the highest are taken; below 0, none.
-            order: the branches of the equal parts of a batch, where that is known.
+            first: rows that are searched before the process's own.
+            rank: orders rows that were made for different purposes: the highest are taken; below 0, none.
+            order: the branches of the equal parts of a batch, if known.
         """
         same = self.recall_same(tensor)
         if same is not None:
@@ -174,7 +174,7 @@ class Ledger:
         return self._find(row_keys(tensor), first, rank, order)
 
     def recall_same(self, tensor: torch.Tensor) -> tuple[KnownRow, ...] | None:
-        """What the rows of this very tensor are; None if it was not remembered, or was written to since.
+        """The known rows of this same tensor; None if it was not remembered, or was written to since.
 
         Its values are compared as well, for writes that no version counts (`tensor.data`, numpy): a device sync.
         """
@@ -194,8 +194,8 @@ class Ledger:
             self._resolve()
             keys = list(keys)
             candidates = [self._candidates(key, first, rank) for key in keys]
-        # A prompt and its negative come from one encoding: where values were made by several, it is one that made all
-        # rows of the batch, the caller's own before others, and later ones before earlier ones.
+        # A prompt and its negative come from one encoding: where several made the same values, it is one that made all
+        # rows of the batch; the caller's own come before others, and later ones before earlier ones.
         calls = [{row.call for row in rows} for rows in candidates]
         made_all = set.intersection(*filter(None, calls)) if any(calls) else set()
         certain = {call for found in calls if len(found) == 1 for call in found}
@@ -213,8 +213,8 @@ class Ledger:
     def _candidates(self, key: Hashable, first: RowTable | None, rank: Callable[[KnownRow], int]) -> Sequence[KnownRow]:
         """The rows of these values that fit the caller best."""
         own = () if first is None else first.get(key)
-        # What a request let through unedited stays so, whoever else made these values.
-        ranked = [(TOLD if row.unedited else max(0, rank(row)), row) for row in own]
+        # A row that a request let through unedited stays unedited, even if others made the same values.
+        ranked = [(UNEDITED_RANK if row.unedited else max(0, rank(row)), row) for row in own]
         known = {id(row) for row in own}
         ranked += [(rank(row), row) for row in self._table.get(key) if id(row) not in known]
         best = max((number for number, _ in ranked), default=-1)
@@ -227,11 +227,11 @@ class Ledger:
 
 
 def _share(same: Sequence[KnownRow], place: int, total: int, expected: Branch | None) -> KnownRow:
-    """Which of the rows `same`, made equal by one encoding, the one at `place` among `total` equal ones of a batch is.
+    """The one of `same`, equal rows of one encoding, for the row at `place` among `total` equal ones of a batch.
 
-    Rows of a negative prompt that is the prompt come first, as pipelines put them, unless it is known otherwise. Where
-    there are more rows than were made, each was repeated; where that does not come out, and where there are fewer, the
-    rest are the prompt's, which is what edits protect.
+    If the negative prompt equals the prompt, its rows come first, as pipelines put them, unless `expected` says
+    otherwise. If there are more rows than were made, each was repeated; if that does not divide evenly, or if there are
+    fewer, the rest are the prompt's, which edits protect.
     """
     if expected is not None:
         same = [row for row in same if row.branch == expected] or same
@@ -244,4 +244,4 @@ def _share(same: Sequence[KnownRow], place: int, total: int, expected: Branch | 
 
 
 LEDGER = Ledger()
-"""What `apply_policy` and every patched pipeline of this process made."""
+"""The rows that `apply_policy` and every patched pipeline of this process made."""

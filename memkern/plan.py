@@ -1,8 +1,8 @@
-"""Plans: a policy lowered to the four tensors per row that are all a kernel knows.
+"""Plans: a policy lowered to four tensors, the only description of it that kernels read.
 
     out_i = scale_i · bank[source_i]        on embeddings, where k_scale = v_scale and bias = 0
 
-The bank is the sequence's own L rows, then W rows with the mean of each window's pads, then L rows with the
+The bank is the sequence's own L rows, then W rows with the mean of each window's pads, then L rows of the
 sequence encoded with re-embedded pads. A scale of 0 selects 0 rather than multiplying by it.
 """
 
@@ -20,7 +20,7 @@ from .roles import CONTEXT_LENGTH, Role, check_roles, split_windows
 
 @dataclass(frozen=True)
 class Plan:
-    """What each key reads and how it is scaled.
+    """The row that each key reads, and its scales.
 
     Attributes:
         source: int32 `[B, L]`, the row of the bank that each key reads.
@@ -47,11 +47,11 @@ class Plan:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it changes nothing. A device sync, for a plan on a device."""
+        """True if it changes nothing. A device sync, for a plan on a device."""
         return self.equals(Plan.identity(self.source.shape[0], self.source.shape[1], self.source.device))
 
     def equals(self, other: Plan) -> bool:
-        """Whether both do the same. A device sync, for plans on a device."""
+        """True if both do the same. A device sync, for plans on a device."""
         names = ("source", "k_scale", "v_scale", "bias")
         return all(torch.equal(getattr(self, name), getattr(other, name)) for name in names)
 
@@ -79,13 +79,13 @@ def lower(
 ) -> Plan:
     """Lower `policy` for rows of one branch.
 
-    Windows of layers and steps say where a plan is used, not what is in it; they are not looked at here. Nor are
-    edits that attenuate: what they do depends on the queries.
+    Windows of layers and steps say where a plan is used, not what is in it, and are ignored here. Edits that attenuate
+    are ignored too: their effect depends on the queries.
 
     Args:
         policy: the policy, or a preset's name.
         roles: uint8 `[B, L]` from `token_roles`.
-        branch: which branch the rows belong to.
+        branch: the branch of the rows.
         cond_roles: uint8 `[B, L]`, the roles of the cond row that each uncond row is paired with; needed
             where an edit has `roles_of="cond"` and the branch is "uncond".
         context_length: tokens in a window.
@@ -122,17 +122,17 @@ def lower(
 
 
 def shared_logits(plans: Sequence[Plan]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What happens to the logits of keys that several text encoders made together, each of them its own columns.
+    """The edit of the logits of keys that several text encoders made together, each of them its own columns.
 
     Args:
         plans: one per encoder, of the same rows.
 
     Returns:
-        factor, bias: float32 `[B, L]`, what multiplies a key's logit and what is added to it. An encoder whose
-        columns are zeroed has no part in a logit, and no say in its factor.
+        factor, bias: float32 `[B, L]`, which multiply a key's logit and are added to it. An encoder whose columns are
+        zeroed has no part in a logit, and does not affect its factor.
 
     Raises:
-        ValueError: a key cannot be both that its encoders' roles ask for.
+        ValueError: the encoders' roles ask for different edits of one key's logit.
     """
     bias = plans[0].bias
     factor = torch.full_like(bias, torch.nan)
@@ -143,8 +143,8 @@ def shared_logits(plans: Sequence[Plan]) -> tuple[torch.Tensor, torch.Tensor]:
             if differs.any():
                 row, key = differs.nonzero()[0].tolist()
                 raise ValueError(
-                    f"key {key} of row {row} would have its logit edited for one and not, or otherwise, for another; "
-                    "a policy that edits embeddings alone edits each one's columns"
+                    f"key {key} of row {row} would need different edits of its logit for its text encoders; "
+                    "a policy without edits of logits edits each encoder's columns separately"
                 )
         factor = torch.where(factor.isnan(), own, factor)
     return factor.nan_to_num(nan=1.0), bias
@@ -153,7 +153,7 @@ def shared_logits(plans: Sequence[Plan]) -> tuple[torch.Tensor, torch.Tensor]:
 def select(edit: Edit, roles: torch.Tensor) -> torch.Tensor:
     """The positions that `edit` acts on.
 
-    Of the role's d positions in a row, int(min(d, d·r)) in double precision, as the paper's code counts.
+    Selects int(min(d, d·r)) of the role's d positions in a row, in double precision, as the paper's code counts.
 
     Args:
         roles: uint8 `[B, L]`.
@@ -175,7 +175,7 @@ def select(edit: Edit, roles: torch.Tensor) -> torch.Tensor:
         total = total.clamp(min=1)
         chosen = (rank + 1) * count // total > rank * count // total
     else:
-        # One draw per position and seed, not per row: a row's choice does not depend on its batch.
+        # One draw per position and seed, not per row: the choice for a row does not depend on its batch.
         generator = torch.Generator("cpu").manual_seed(edit.seed)
         draw = torch.rand(roles.shape[-1], generator=generator, dtype=torch.float32, device="cpu").to(roles.device)
         order = draw.expand(roles.shape).masked_fill(~of_role, torch.inf).argsort(-1)
@@ -191,7 +191,7 @@ def bank_rows(
     *,
     context_length: int = CONTEXT_LENGTH,
 ) -> torch.Tensor | None:
-    """The rows that a plan of `policy` reads beside the sequence's own.
+    """The rows that a plan of `policy` reads besides the sequence's own.
 
     Args:
         embeds: `[B, L, D]`.
@@ -228,7 +228,7 @@ def _roles_for(edit: Edit, roles: torch.Tensor, branch: Branch, cond_roles: torc
 
 
 def _replacement(action: Action, roles: torch.Tensor, context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bank row that each position would read (int32 `[B, L]`), and whether there is one (bool)."""
+    """The bank row that each position would read (int32 `[B, L]`), and a mask of those that exist (bool)."""
     batch, length = roles.shape
     windows = split_windows(roles, context_length, name="roles")  # [B, W, n]
     count, size = windows.shape[1:]

@@ -1,6 +1,6 @@
-"""Policies: what to do with each token role, on which branch, where.
+"""Policies: the edit of each token role, its branch, its layers and steps.
 
-A policy is a small immutable value that knows nothing of tensors; `memkern.plan.lower` turns it into some.
+A policy is a small immutable value without tensors; `memkern.plan.lower` turns it into tensors.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ _PLAIN = re.compile(r"[\w.:-]+")
 
 @dataclass(frozen=True)
 class Edit:
-    """One role, what happens to it, and where.
+    """One role, its action, and where the action applies.
 
     Args:
         role: the role whose positions are edited (`Role` or its name).
-        action: what happens to them.
+        action: the action on them.
         branch: "cond", "uncond" or "both".
         fraction: the share r of the role's d positions in the row: int(min(d, d·r)) of them are edited.
-        order: which ones: "first", "last", "even"ly spread, or "random" by `seed` alone.
-        seed: of order "random"; the global generator is never touched.
-        roles_of: whose roles select the positions: the row's "own", or those of the "cond" row it is paired
+        order: the choice of them: "first", "last", "even"ly spread, or "random" by `seed` alone.
+        seed: for order "random"; the global generator is never used.
+        roles_of: the roles that select the positions: the row's "own", or those of the "cond" row it is paired
             with (Ren et al. cut the uncond row at its cond row's length).
         layers: UNet layers by dotted name, block ("down", "mid", "up") or resolution ("64x64", "64"); None = all.
-        steps: from–to as fractions of the schedule, step i of n being at i/n; None = all.
+        steps: from–to as fractions of the schedule; step i of n is at i/n; None = all.
     """
 
     role: Role
@@ -108,11 +108,11 @@ class Edit:
             object.__setattr__(self, "steps", _steps(self.steps))
 
     def applies_to(self, branch: Branch) -> bool:
-        """Whether rows of `branch` are edited."""
+        """True if rows of `branch` are edited."""
         return self.branch in (branch, "both")
 
     def kv_reasons(self) -> list[str]:
-        """Why this edit needs the kv stage; empty where editing the embeddings is enough."""
+        """The reasons why this edit needs the kv stage; empty if editing the embeddings is enough."""
         reasons = []
         if self.action.needs_attention:
             reasons.append(f"{self.action} on {self.role.name} acts on logits")
@@ -124,7 +124,7 @@ class Edit:
 
     def __str__(self) -> str:
         said = [str(self.action)]
-        # Said where it changes nothing as well: edits that are not equal never print alike.
+        # Printed even if it changes nothing: edits that are not equal never print alike.
         if (self.fraction, self.order, self.seed) != (1, "first", 0):
             seed = f" (seed {self.seed})" if self.order == "random" or self.seed else ""
             said.append(f"{self.order} {number(self.fraction)}{seed} of")
@@ -141,17 +141,17 @@ class Edit:
 
 @dataclass(frozen=True)
 class Policy:
-    """A set of edits, and whether the pads are re-embedded first.
+    """A set of edits, and the token that re-embeds the pads first, if any.
 
     Args:
         edits: applied in order to the original rows; where two select a position, the later one wins.
         reembed_pads: the token, "!" in the paper's method 1, that replaces the padding before the text
             encoder on both branches; None leaves the padding alone.
-        name: what `str(policy)` says where it names these very edits, and begins with where it does not;
-            presets set it. Policies of other names are equal if the rest is.
+        name: the text of `str(policy)` if it names these same edits, else only its beginning; presets set it.
+            Policies with different names are equal if the rest is equal.
 
     Raises:
-        TypeError, ValueError: an edit of another type, or one that a later edit makes void.
+        TypeError, ValueError: an edit of another type, or one that a later edit replaces entirely.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -204,27 +204,27 @@ class Policy:
         return tuple(edit for edit in self.edits if edit.applies_to(branch))
 
     def touches(self, branch: Branch) -> bool:
-        """Whether anything about rows of `branch` changes, the re-embedding of their pads included."""
+        """True if anything about rows of `branch` changes, including the re-embedding of their pads."""
         return self.reembed_pads is not None or bool(self.edits_on(branch))
 
     def kv_reasons(self) -> list[str]:
-        """Why an edit of the embeddings cannot express this policy; empty if it can."""
+        """The reasons why an edit of the embeddings cannot express this policy; empty if it can."""
         return [reason for edit in self.edits for reason in edit.kv_reasons()]
 
     def reads(self, bank: Bank) -> bool:
-        """Whether an edit replaces rows by those of `bank`."""
+        """True if an edit replaces rows by those of `bank`."""
         return any(edit.action.source is bank for edit in self.edits)
 
     def pairs(self, branch: Branch) -> bool:
-        """Whether rows of `branch` are edited by the roles of the prompts that they are paired with."""
+        """True if rows of `branch` are edited by the roles of the prompts that they are paired with."""
         return branch == "uncond" and any(edit.roles_of == "cond" for edit in self.edits_on(branch))
 
     def to_json(self) -> str:
         """The policy as a JSON document, which `from_json` reads back as an equal policy of the same name.
 
         An object with "memkern_policy" (the version, 1), "name", "reembed_pads" and "edits"; an edit has the
-        fields of `Edit`, and its "action" a "kind" and what that takes. Fields that have their default are left
-        out.
+        fields of `Edit`, and its "action" has a "kind" and the arguments of that. Fields that have their default
+        are left out.
         """
         edits = [_given(edit) | {"role": edit.role.name.lower()} for edit in self.edits]
         for written, edit in zip(edits, self.edits, strict=True):
@@ -236,11 +236,11 @@ class Policy:
 
     @staticmethod
     def from_json(text: str) -> Policy:
-        """The policy that `to_json` wrote, or that somebody wrote like it.
+        """The policy in a JSON document of the form that `to_json` writes.
 
         Raises:
             ValueError: no JSON, another version, or a field that is unknown, missing, or of a wrong type or value;
-                the message names the field, what came, and what is right.
+                the message names the field, the given value, and the accepted ones.
         """
         with documents.at("policy"):
             document = documents.load(text)
@@ -270,7 +270,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number in a preset's name; without a default it has to be given."""
+    """A number in a preset's name; it is required if it has no default."""
 
     name: str
     default: float | None = None
@@ -319,7 +319,7 @@ class Preset:
         return Policy(made.edits, made.reembed_pads, f"{self.name}:{numbers}" if numbers else self.name)
 
     def numbers(self, text: str) -> list[float]:
-        """The numbers of `text`, such as "0.2,1.5": not more than there are parameters."""
+        """The numbers of `text`, such as "0.2,1.5": at most one for each parameter."""
         given = text.split(",")
         if len(given) > len(self.parameters):
             raise ValueError(f"policy {self.usage}: takes {len(self.parameters)} numbers, got '{self.name}:{text}'")
@@ -349,7 +349,7 @@ def _covers(later: Edit, earlier: Edit) -> bool:
 
 
 def _seed(seed: object) -> int:
-    # Those that a generator of torch takes.
+    # The seeds that a torch generator takes.
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex) or not -(2**63) <= index(seed) < 2**64:
         raise ValueError(f"seed: expected a whole number in [-2**63, 2**64), got {seed!r}")
     return index(seed)

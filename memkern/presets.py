@@ -15,7 +15,7 @@ from .roles import Role
 __all__ = ["DEFAULT_POLICIES", "PRESETS", "Parameter", "Preset"]
 
 DEFAULT_POLICIES = ("swap-pad-zero-eot", "zero-pad:0.7")
-"""What is measured where nobody names a policy: the paper's two methods."""
+"""The policies that are measured if none is named: the paper's two methods."""
 
 
 def _edits(action: Action, *roles: Role) -> Callable[[], Policy]:

@@ -1,4 +1,4 @@
-"""Token roles: what each position of a CLIP token sequence is.
+"""Token roles: the kind of each position of a CLIP token sequence.
 
 A CLIP text encoder reads windows of 77 tokens: a start token (SOT), the prompt, one end-of-text token
 (EOT) and padding (PAD). Kim & No (arXiv 2605.02908, section 3) write their embeddings v^sot, v^pr, v^eot
@@ -44,7 +44,7 @@ def token_roles(
     with ids above EOT all give the same answer.
 
     Args:
-        input_ids: integer `[B, L]`, what the text encoder was called with. `L` is at most `context_length`,
+        input_ids: integer `[B, L]`, the ids that the text encoder was called with. `L` is at most `context_length`,
             or a multiple of it (several windows).
         eos_token_id: id of `<|endoftext|>` in the tokenizer that made the ids.
         context_length: tokens in a window.
@@ -54,7 +54,7 @@ def token_roles(
 
     Raises:
         TypeError: `input_ids` is not an integer tensor.
-        ValueError: `input_ids` is not `[B, L]`, `L` is no whole number of windows, or a window has no EOT
+        ValueError: `input_ids` is not `[B, L]`, `L` is not a whole number of windows, or a window has no EOT
             (checking this reads the ids: one device sync when they are on an accelerator).
     """
     if not isinstance(input_ids, torch.Tensor):
@@ -119,8 +119,8 @@ def padding_positions(
     """The PAD positions that the tokenizer filled in: those that a pad swap changes.
 
     PAD is everything after the first EOT, which includes the rest of a prompt with a literal
-    `<|endoftext|>` in it; such tokens are the user's and stay. The tokenizer's attention mask tells them
-    apart. Without it, padding is the run of pad ids that ends the window, less the tokenizer's own EOT
+    `<|endoftext|>` in it; such tokens are the user's and stay. The tokenizer's attention mask separates
+    them. Without it, padding is the run of pad ids that ends the window, less the tokenizer's own EOT
     where that has the pad's id.
 
     Args:

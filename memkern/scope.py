@@ -1,4 +1,4 @@
-"""Scope: in which UNet layers, and in which steps, an edit is in force."""
+"""Scope: the UNet layers and the steps in which an edit is in force."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESOLUTION = re.compile(r"(\d+)(?:x(\d+))?")
 
 
 def in_steps(edit: Edit, position: float | None) -> bool:
-    """Whether `edit` is in force at `position`, i/n for step i of a schedule of n.
+    """True if `edit` is in force at `position`, i/n for step i of a schedule of n.
 
     Raises:
         ValueError: the edit has a window of steps, and the position is not known.
@@ -29,12 +29,12 @@ def in_steps(edit: Edit, position: float | None) -> bool:
 
 
 def in_layers(edit: Edit, name: str, size: tuple[int, int] | None) -> bool:
-    """Whether `edit` is in force in the layer of this dotted name, whose queries are `size`, rows × columns."""
+    """True if `edit` is in force in the layer of this dotted name, whose queries are `size`, rows × columns."""
     return edit.layers is None or any(_matches(layer, name, size) for layer in edit.layers)
 
 
 def check_layers(policy: Policy, names: Iterable[str]) -> None:
-    """Raise ValueError if a window names a layer, block or resolution that cannot be any of the layers `names`."""
+    """Raise ValueError if a window names a layer, block or resolution that cannot match any of the layers `names`."""
     known = list(names)
     for edit in policy.edits:
         for layer in edit.layers or ():
@@ -55,7 +55,7 @@ def layer_size(queries: int, sample: tuple[int, int] | None) -> tuple[int, int] 
 
 
 def is_size(layer: str) -> bool:
-    """Whether a window names a resolution, which any layer may have, rather than a block or a layer."""
+    """True if a window names a resolution, which any layer may have, rather than a block or a layer."""
     return _RESOLUTION.fullmatch(layer) is not None
 
 

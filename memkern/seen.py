@@ -1,4 +1,4 @@
-"""This very tensor, unwritten since: asked by everyone who keeps what was made of one."""
+"""Checks that a tensor is the same one and was not written to since, for caches of results made from it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Seen:
-    """A tensor held weakly, with what tells that it was written to.
+    """A weak reference to a tensor that detects writes to it.
 
-    A view made anew of the same place is the same tensor. Writes are counted by the tensor's version; where they are
-    not, in inference mode, its values are compared instead (a device sync).
+    A new view of the same memory is the same tensor. The tensor's version counts writes; in inference mode there is
+    no version, and its values are compared instead (a device sync).
     """
 
     __slots__ = ("_owner", "_place", "_values", "_version")
@@ -29,27 +29,27 @@ class Seen:
 
     @staticmethod
     def key(tensor: torch.Tensor) -> Hashable:
-        """What `tensor` is found by among others that are alive."""
+        """The key of `tensor` among the tensors that are alive."""
         return id(_owner(tensor)), _place(tensor)
 
     @property
     def is_counted(self) -> bool:
-        """Whether its writes are counted, so that looking again costs nothing."""
+        """True if its writes are counted, so that checking again costs nothing."""
         return self._version is not None
 
     def is_here(self, tensor: torch.Tensor) -> bool:
-        """Whether it is this very tensor, written to or not."""
+        """True if it is this same tensor, written to or not."""
         return self._owner() is _owner(tensor) and self._place == _place(tensor)
 
     def is_still(self, tensor: torch.Tensor) -> bool:
-        """Whether it is this very tensor, unwritten since."""
+        """True if it is this same tensor, not written to since."""
         if not self.is_here(tensor) or self._version != version(tensor):
             return False
         return self._version is not None or self._values == fingerprint(tensor)
 
     @property
     def reference(self) -> weakref.ref[torch.Tensor]:
-        """What the callback is called with once the tensor is gone."""
+        """The reference that the callback is called with once the tensor is gone."""
         return self._owner
 
 
@@ -63,16 +63,16 @@ def _place(tensor: torch.Tensor) -> Hashable:
 
 
 def version(tensor: torch.Tensor) -> int | None:
-    """How often it was written to; None for one made in inference mode, which does not count."""
+    """The number of writes to it; None for a tensor made in inference mode, which counts none."""
     return None if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()
 def fingerprints(rows: torch.Tensor) -> torch.Tensor:
-    """One number per row that tells rows of different bits apart: int64 `[B]` for `rows` `[B, …]`; no device sync.
+    """One number per row, different for rows of different bits: int64 `[B]` for `rows` `[B, …]`; no device sync.
 
-    A sum of the bits, each times a random odd number, modulo 2⁶⁴: rows that differ agree with a probability of about
-    2⁻⁶³. NaN equals itself.
+    A sum of the bits, each times a random odd number, modulo 2⁶⁴: rows that differ have the same number with a
+    probability of about 2⁻⁶³. NaN equals itself.
     """
     flat = rows.detach().flatten(1).contiguous()
     bits = flat.view(_BITS[flat.itemsize]).to(torch.int64)
@@ -80,14 +80,14 @@ def fingerprints(rows: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """The one number of a whole tensor; a device sync."""
+    """The number of a whole tensor; a device sync."""
     return int(fingerprints(tensor.reshape(1, -1)))
 
 
 @functools.lru_cache(maxsize=32)
 def _weights(count: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator(device="cpu").manual_seed(0)
-    # Made outside of inference mode, whoever asks first.
+    # Made outside of inference mode, even if the first caller is in it.
     with torch.inference_mode(False):
         numbers = torch.randint(-(2**62), 2**62, (count,), generator=generator, dtype=torch.int64, device="cpu")
         return (2 * numbers + 1).to(device)

@@ -1,4 +1,4 @@
-"""For tests and benchmarks: tiny Stable Diffusion pipelines of real parts with random weights, and a UNet alone."""
+"""Tiny Stable Diffusion pipelines of real parts with random weights, and a UNet alone, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 
 
 class SiteHolder:
-    """Stands for the patch of a pipeline whose policy edits nothing: the cross-attention of `module` is computed by
-    memkern while it lives.
+    """Stands for the patch of a pipeline whose policy edits nothing: memkern computes the cross-attention of `module`
+    while the holder lives.
 
     Attributes:
-        site: what is on the module.
-        session: what its layers did, and what is kept of the contexts that they saw.
+        site: memkern's attachment to the module.
+        session: the record of its layers, and the data that is kept of the contexts that they read.
     """
 
     def __init__(self, module: Any) -> None:
@@ -39,17 +39,17 @@ class SiteHolder:
         self.site.hold(self, processors=True)
 
     def direct(self) -> Session:
-        """The session of calls of the module by itself."""
+        """The session of direct calls of the module."""
         return self.session
 
     @property
     def contexts(self) -> Any:
-        """What is kept."""
+        """The contexts that are kept."""
         return self.session.kept.get(self.site, ())
 
 
 def clip_tokenizer(tokens: Iterable[str], merges: Iterable[str], *, pad_token: str = EOT) -> CLIPTokenizer:
-    """A CLIP tokenizer whose ids are the order of `tokens`, SOT and EOT coming last.
+    """A CLIP tokenizer whose ids are the order of `tokens`, with SOT and EOT last.
 
     Args:
         tokens: the vocabulary without SOT and EOT; CLIP's begins with "!".
@@ -83,7 +83,7 @@ def train_tokenizer(texts: Iterable[str], *, size: int = 1024, pad_token: str = 
     learner.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            # The alphabet counts as well, so more than enough is asked for.
+            # The alphabet counts as well, so the size is more than enough.
             vocab_size=len(bytes_twice) + 2 * most,
             end_of_word_suffix="</w>",
             initial_alphabet=letters,

@@ -1,7 +1,7 @@
-"""What cross-attention layers of one shape take on this machine, path by path: a table on disk that processes share.
+"""The times of cross-attention layers on this machine, by shape and path: a table on disk that processes share.
 
-Who meets a shape first writes down what it found, and whoever comes later finds the same there and chooses alike, so
-that the same seed gives the same image. There is a file per device and set of versions; what stands in it stays.
+The first process that meets a shape writes its times; later processes read the same times and choose the same path, so
+that the same seed gives the same image. There is a file per device and set of versions; entries in it do not change.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from .version import __version__
 OFF = "off"
 
 PATHS = ("former", "projected", "absorbed")
-"""What a layer's own processor does, and the two ways around it."""
+"""The layer's own processor, and the two paths that replace it."""
 
 _LOCK_SECONDS = 1.0
-"""How long another process is waited for: it holds the table for as long as a small file takes to write."""
+"""The time to wait for another process: it holds the table while it writes a small file."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """What a layer takes.
+    """The times of a layer.
 
     Attributes:
         milliseconds: by path.
-        measured: whether that was timed; if not, it was estimated.
-        is_read: whether another process had written it down.
+        measured: True if they were timed; if not, they were estimated.
+        is_read: True if another process wrote them.
     """
 
     milliseconds: dict[str, float]
@@ -58,7 +58,7 @@ class Times:
 
 
 def cache_folder() -> Path | None:
-    """Where tables are kept, by MEMKERN_CACHE: the user's cache folder, another one, or None for nowhere.
+    """The folder of the tables, by MEMKERN_CACHE: the user's cache folder, another one, or None to keep none.
 
     Raises:
         ValueError: it is empty.
@@ -72,7 +72,7 @@ def cache_folder() -> Path | None:
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """What times hold for: a device, and the versions of what runs there."""
+    """The device that times hold for, and the versions of the packages that run there."""
     versions = {"memkern": __version__, "torch": torch.__version__}
     versions |= {name: _version(name) for name in ("diffusers", "triton")}
     return {"device": _cpu() if device.type == "cpu" else _gpu(device), **versions}
@@ -80,11 +80,11 @@ def identity(device: torch.device) -> dict[str, str]:
 
 @dataclass
 class Table:
-    """What is known of shapes, in this process and on disk.
+    """The known times of shapes, in this process and on disk.
 
     Attributes:
-        path: of the file; None where nothing is kept.
-        of: what its times hold for.
+        path: of the file; None if nothing is kept.
+        of: the device and versions that its times hold for.
     """
 
     path: Path | None
@@ -93,20 +93,20 @@ class Table:
     _lock: Any = field(default_factory=threading.Lock)
 
     def find(self, key: str) -> Times | None:
-        """What is known of a shape, in the file too; None if nothing is. Within a process it never changes."""
+        """The times of a shape, also from the file; None if unknown. Within a process they never change."""
         with self._lock:
             if key not in self._times:
                 self._take(self._read())
             return self._times.get(key)
 
     def add(self, key: str, times: Times, *, replace: bool = False) -> Times:
-        """Write down what was found of a shape, unless someone was faster.
+        """Write the times of a shape, unless another process or thread was faster.
 
         Args:
-            replace: whether it takes the place of what is there.
+            replace: True to overwrite an existing entry.
 
         Returns:
-            What stands.
+            The entry now in force.
         """
         with self._lock:
             if replace or key not in self._times:
@@ -116,11 +116,11 @@ class Table:
                         self._merge(self.path, key, replace)
                     except OSError as error:
                         why = f"no choice of paths can be kept in {self.path}: {error.strerror or error}"
-                        tell(("unkept", self.path), f"{why}; another process may choose otherwise")
+                        tell(("unkept", self.path), f"{why}; another process may choose differently")
             return self._times[key]
 
     def _take(self, found: Mapping[str, Times]) -> None:
-        # What this process has chosen by, it goes on choosing by.
+        # Times that this process has used for a choice stay in use.
         self._times = {**found, **self._times}
 
     def _merge(self, path: Path, key: str, replace: bool) -> None:
@@ -135,7 +135,7 @@ class Table:
             _write(path, {"of": self.of, "times": {k: _as_json(v) for k, v in {**self._times, **found}.items()}})
 
     def _read(self) -> dict[str, Times]:
-        """What the file has; nothing where it is of something else, or no table."""
+        """The entries of the file; none if it is of another device or version, or not a table."""
         if self.path is None:
             return {}
         try:
@@ -146,13 +146,13 @@ class Table:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            tell(("table", self.path), f"{self.path} is passed by, being no table of this device and version: {error}")
+            tell(("table", self.path), f"{self.path} is ignored, as it is no table of this device and version: {error}")
             return {}
 
 
 @functools.cache
 def table(folder: Path | None, device: torch.device) -> Table:
-    """The table of a device; one in a process, and one for all cards of a kind."""
+    """The table of a device; one per process, shared by all cards of a kind."""
     return _table(folder, *identity(device).items())
 
 
@@ -175,7 +175,7 @@ def _from_json(entry: Any) -> Times:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Put a whole file in place at once: who reads meanwhile gets the former one, whole."""
+    """Replace a file in one step: a reader gets either the old one or the new one, whole."""
     made, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:
         with open(made, "w", encoding="utf-8") as file:
@@ -189,7 +189,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """While nobody else writes: two who read, add and write at once would lose what one added."""
+    """A lock against other writers: two that read, add and write at once would lose one's addition."""
     try:
         import fcntl
     except ImportError:  # not on Windows

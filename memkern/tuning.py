@@ -1,4 +1,4 @@
-"""Timing the layers of a pipeline beforehand, so that no picture waits for it: `memkern tune`."""
+"""Timing the layers of a pipeline beforehand, so that no image waits for it: `memkern tune`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_TOKENS = CONTEXT_LENGTH - 2
 
 @dataclass(frozen=True)
 class _Met:
-    """A layer as a call of its UNet met it: N, C, and the context's shape."""
+    """A layer as it is in a call of its UNet: N, C, and the context's shape."""
 
     layer: Layer
     queries: int
@@ -46,21 +46,21 @@ def tune(
     pipe: Any, sizes: Sequence[tuple[int, int] | None] = (None,), images: Sequence[int] = (1,),
     policies: Sequence[Policy] = (), *, guidance: bool = True, backend: str = "auto",
 ) -> tuple[list[choose.Choice], Table]:  # fmt: skip
-    """Time what layers of a pipeline take, for prompts of every length, and keep it for later processes.
+    """Time the layers of a pipeline, for prompts of every length, and keep the times for later processes.
 
     Args:
         pipe: a text-to-image pipeline, patched or not.
         sizes: height and width of images; None for the model's own.
-        images: how many at once.
-        policies: that decide how many keys are left; the default is that of `memkern.patch`.
-        guidance: whether each image has a negative prompt beside its prompt.
+        images: numbers of images per call.
+        policies: they decide how many keys are left; the default is that of `memkern.patch`.
+        guidance: True if each image has a negative prompt besides its prompt.
         backend: of the operators.
 
     Returns:
-        What each shape of layer does, and the table where that is kept.
+        The choice for each shape of layer, and the table that keeps it.
 
     Raises:
-        ValueError: by MEMKERN_CACHE or MEMKERN_CHOICE nothing would be kept or looked up, or there are no images.
+        ValueError: MEMKERN_CACHE or MEMKERN_CHOICE forbid to keep or look up times, or there are no images.
     """
     folder = cache_folder()
     if folder is None:
@@ -84,7 +84,7 @@ def tune(
 
 
 def _choice(met: _Met, readers: Readers, backend: str, chooser: Chooser) -> choose.Choice | None:
-    """What a layer does with so many keys; None where there is nothing to be chosen."""
+    """The choice of a layer for these numbers of keys; None if there is nothing to choose."""
     layer = met.layer
     x = torch.empty((), dtype=met.dtype, device=met.device).expand(
         sum(rows for _, rows in readers), met.queries, met.width
@@ -100,7 +100,7 @@ def _choice(met: _Met, readers: Readers, backend: str, chooser: Chooser) -> choo
 
 
 def _batches(policies: Sequence[Policy], images: Sequence[int], guidance: bool) -> Iterator[Readers]:
-    """The keys that are left of a batch's sequences, for prompts of every length; once for what is told apart."""
+    """The keys that are left of a batch's sequences, for prompts of every length; equal ones once."""
     seen = set()
     empty = _roles(0)
     for policy in policies:
@@ -114,20 +114,20 @@ def _batches(policies: Sequence[Policy], images: Sequence[int], guidance: bool) 
             rows = 1 + guidance - (len(plans) - 1)
             for count in images:
                 readers = [(left, rows * count) for plan in plans for left in coalesce_plan(plan).counts]
-                told = rounded(readers, CONTEXT_LENGTH)
-                if told not in seen:
-                    seen.add(told)
-                    yield told
+                shape = rounded(readers, CONTEXT_LENGTH)
+                if shape not in seen:
+                    seen.add(shape)
+                    yield shape
 
 
 def _roles(tokens: int) -> torch.Tensor:
-    """Roles uint8 `[1, L]` of a prompt of so many tokens."""
+    """Roles uint8 `[1, L]` of a prompt of `tokens` tokens."""
     roles = [Role.SOT, *[Role.PROMPT] * tokens, Role.EOT, *[Role.PAD] * (MOST_TOKENS - tokens)]
     return torch.tensor([roles], dtype=torch.uint8, device="cpu")
 
 
 def _met(pipe: Any, size: tuple[int, int] | None) -> list[_Met]:
-    """The cross-attention layers as one step of one image meets them."""
+    """The cross-attention layers as they are in one step of one image."""
     found: list[_Met] = []
 
     def hook(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def test_g19_values_multiplied_out_beyond_float16_are_projected(narrow):
     narrow.layer.to_out[0].weight[:, 40:80] = -narrow.layer.to_out[0].weight[:, :40]
     choice = prepared(narrow).choice
     assert choice.path == "projected"
-    assert choice.reasons == ("multiplied out it is beyond torch.float16",)
+    assert choice.reasons == ("its products overflow torch.float16",)
 
 
 @needs_cpp

@@ -44,7 +44,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(backends, "order", lambda device, operator=None: ("cuda", "triton", "torch"))
     monkeypatch.setattr(backends, "refusals", lambda *_: [])
     monkeypatch.setattr(backends, "_failed", {})
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_logged", set())
 
 
 def overloads(cuda, triton=None):

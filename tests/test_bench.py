@@ -252,7 +252,7 @@ def test_without_matplotlib_that_is_said(sd1, tmp_path, monkeypatch):
     result = memkern.bench(sd1, ["none"], out=tmp_path, **FEW)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
     for text in (str(result), (tmp_path / "bench.md").read_text()):
-        assert "no plot: that needs matplotlib, pip install memkern[plot]" in text
+        assert "no plot: it needs matplotlib, pip install memkern[plot]" in text
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_without_matplotlib_that_is_said(sd1, tmp_path, monkeypatch):
         ({"size": (16, 17)}, ValueError, "size: expected multiples of 2, got 16x17"),
         ({"prompt": 3}, TypeError, "prompt: expected text, got 3"),
         ({"inputs": {"imaeg": 1}}, ValueError, "inputs: StableDiffusionPipeline takes no 'imaeg'"),
-        ({"inputs": {"prompt": "a"}}, ValueError, "inputs: 'prompt' is an argument of its own"),
+        ({"inputs": {"prompt": "a"}}, ValueError, "inputs: 'prompt' is a separate argument"),
         ({"inputs": {"guidance_scale": "much"}}, ValueError, "inputs: this StableDiffusionPipeline cannot be called"),
         ({"policies": []}, ValueError, "policies: expected at least one, such as 'zero-pad:0.7', got none"),
         ({"policies": ["zero-pads"]}, ValueError, "policies: policy: unknown preset 'zero-pads'; the presets are"),

@@ -171,7 +171,7 @@ def test_demo_refuses_arguments(arguments, message, capsys):
 
 def test_demo_has_numbers_of_the_embedded_model_only(tmp_path, capsys):
     assert main(["demo", "--prompt", "a cat", "--json", str(tmp_path / "x.json"), "--out", str(tmp_path)]) == 1
-    assert "--json: there are numbers for the captions of the embedded model only" in capsys.readouterr().err
+    assert "--json: only the captions of the embedded model have numbers" in capsys.readouterr().err
 
 
 def test_demo_says_what_is_wrong_with_a_model(tmp_path, capsys):

@@ -65,13 +65,13 @@ def test_g35_policies_take_turns(monkeypatch):
     pipe = demo.load()
     pipe.set_progress_bar_config(disable=True)
     turns = []
-    original = demo.measure.__globals__["paint"]
+    original = demo.measure.__globals__["generate"]
 
-    def paint(pipe, captions, seeds, **options):
+    def generate(pipe, captions, seeds, **options):
         turns.append((memkern.status(pipe).patched, *seeds))
         return original(pipe, captions, seeds, **options)
 
-    monkeypatch.setitem(demo.measure.__globals__, "paint", paint)
+    monkeypatch.setitem(demo.measure.__globals__, "generate", generate)
     given = (demo.memorized()[:2], demo.scenes()[:2], (0, 1))
     both = demo.measure(pipe, ["none", "zero-pad:1"], *given)
     assert turns == [(patched, seed) for seed in (0, 1) for patched in (False, True) for _ in range(2)]

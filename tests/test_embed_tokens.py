@@ -133,7 +133,7 @@ def test_id_out_of_range_gives_nan(target, bad):
         ({"roles": torch.zeros(3, 76, dtype=torch.uint8)}, ValueError, r"roles: expected shape \[3, 77\], got"),
         ({"input_ids": torch.zeros(3, 77)}, TypeError, "input_ids: expected dtype torch.int64"),
         ({"pad_id": VOCABULARY}, ValueError, r"pad_id: expected an id in \[0, 50\), got 50"),
-        ({"position_weight": torch.zeros(76, 40)}, ValueError, "input_ids: length 77 is over the 76 positions"),
+        ({"position_weight": torch.zeros(76, 40)}, ValueError, "input_ids: length 77 is more than the 76 positions"),
         ({"position_weight": torch.zeros(77, 39)}, ValueError, r"position_weight: expected shape \[P, 40\]"),
     ],
 )

@@ -90,7 +90,7 @@ def test_g20_what_is_not_whole_is_passed_by(package, tmp_path, change, why):
     assert re.search(
         rf"the compiled CPU library does not load with torch {re.escape(torch.__version__)}: {why}", backend
     )
-    assert "(built with torch " in backend or "(built with a torch that is not known)" in backend
+    assert "(built with torch " in backend or "(built with an unknown torch)" in backend
     (build,) = re.findall("^build (.*)$", result.stdout, re.M)
     assert "build.json" in build or "with the compiled CPU library, which is not in use (see backend cpp)" in build
 

@@ -7,8 +7,8 @@
 #include "numeric.h"
 #include "panels.h"
 
-// Generic vectors are cut down to what the function's instruction set has before functions are cloned or
-// inlined, so all that uses them is compiled per set, from the same text.
+// The compiler reduces generic vectors to the function's instruction set before it clones or inlines
+// functions, so all code that uses them is compiled per set, from the same text.
 namespace memkern {
 namespace {
 

@@ -1,12 +1,12 @@
-// Attention over biased keys in float, a few queries at a time: what is between the products while it is in
-// the first-level cache.
+// Attention over biased keys in float, a few queries at a time, so that the data between the products stays
+// in the first-level cache.
 #pragma once
 
 #include <cstdint>
 
 namespace memkern {
 
-// What rows of keys and of values are padded to, so that no loop over them has a rest: 16 floats.
+// Rows of keys and of values are padded to 16 floats, so that no loop over them has a rest.
 constexpr int64_t kPadding = 15;
 inline int64_t padded(int64_t count) { return (count + kPadding) / 16 * 16; }
 
@@ -16,10 +16,10 @@ struct Head {
   int64_t keys;       // up to the last one that is not excluded; with none the output is 0
   const float* k;     // [D, padded(keys)], the attention's scale included
   const float* v;     // [keys, padded(D)]
-  const float* bias;  // [padded(keys)]; -inf excludes a key, whatever its logit, and is what pads
+  const float* bias;  // [padded(keys)]; -inf excludes a key for any logit, and is the padding
 };
 
-// Floats that attend() and add_mass() need beside their output.
+// Floats that attend() and add_mass() need besides their output.
 inline int64_t attention_scratch(const Head& head) { return 4 * (padded(head.keys) + padded(head.width)); }
 
 // softmax(q kᵀ + bias) v of `rows` queries [rows, D] with a row stride, into [rows, D] with another.

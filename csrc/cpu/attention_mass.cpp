@@ -9,7 +9,7 @@
 namespace memkern {
 namespace {
 
-// Where one block of queries of a sequence reads and writes.
+// The memory that one block of queries of a sequence reads and writes.
 template <typename T>
 struct Block {
   const T* q;  // [rows, H, D]
@@ -20,7 +20,7 @@ struct Block {
   int64_t queries;
 };
 
-// `heads` of the packed ones from `first` on; `buffer` is for the rows as float and what add_mass() needs.
+// `heads` of the packed ones from `first` on; `buffer` is for the rows as float and add_mass()'s scratch.
 template <typename T>
 void add_block(const Heads& packed, int64_t first, int64_t heads, const Block<T>& block, float* buffer) {
   const int64_t width = packed[first].width;
@@ -33,7 +33,7 @@ void add_block(const Heads& packed, int64_t first, int64_t heads, const Block<T>
   }
 }
 
-// [B, padded(n)], zeros behind the keys.
+// [B, padded(n)], zeros after the keys.
 std::vector<float> pad_weight(const Tensor& weight) {
   const int64_t keys = weight.size(1);
   std::vector<float> wide(weight.size(0) * padded(keys), 0.0f);

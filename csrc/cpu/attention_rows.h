@@ -1,6 +1,6 @@
-// attention.h for one instruction set. The includer names Floats and Bits, vectors of kWidth floats and
-// uint32_t, and kTile, how many vectors times 4 rows its registers hold beside what they are multiplied with.
-// Without a guard.
+// attention.h for one instruction set. The includer defines Floats and Bits, vectors of kWidth floats and
+// uint32_t, and kTile, the number of vectors times 4 rows that its registers hold besides the factors.
+// Without an include guard.
 
 constexpr int kRows = 4;
 
@@ -14,8 +14,8 @@ MEMKERN_INLINE Floats exp_nonpositive(Floats x) {
   const Floats shifted = clamped * kLog2e + kRound;
   const Floats whole = shifted - kRound;
   const Floats rest = (clamped - whole * kLn2High) - whole * kLn2Low;
-  // Of this degree the polynomial of least relative error for |rest| <= ln(2) / 2; Taylor's errs three times
-  // as much.
+  // The polynomial of this degree with the least relative error for |rest| <= ln(2) / 2; Taylor's error is
+  // three times as large.
   Floats series = rest * 1.375138856e-3f + 8.368924481e-3f;
   series = series * rest + 4.166953425e-2f;
   series = series * rest + 1.666651839e-1f;
@@ -192,7 +192,7 @@ void softmax_heads(const float* logits, const float* bias, int64_t bias_stride, 
   const int64_t count = padded(keys);
   for (int64_t head = 0; head < heads; ++head) {
     const float inverse = softmax(logits + head * keys, bias + head * bias_stride, count, weights);
-    // In order of the heads: what goes beyond one is written again by the next.
+    // In order of the heads: values written beyond one head are overwritten by the next.
     for (int64_t i = 0; i < count; i += kWidth) {
       store(load(weights + i) * inverse, out + head * keys + i);
     }

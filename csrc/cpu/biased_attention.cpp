@@ -12,7 +12,7 @@ namespace memkern {
 namespace {
 
 // `rows` queries of one sequence, q and out [rows, H * D], its heads from `first` on. `buffer` is for the
-// rows as float and what attend() needs.
+// rows as float and the scratch of attend().
 template <typename T>
 void attend_block(const Heads& packed, int64_t first, int64_t heads, int64_t width, const T* q, int64_t rows,
                   T* out, float* buffer) {

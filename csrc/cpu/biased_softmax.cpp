@@ -14,7 +14,7 @@
 namespace memkern {
 namespace {
 
-// The bias as attend() wants it, [heads or 1, padded(keys)].
+// The bias as attend() expects it, [heads or 1, padded(keys)].
 std::vector<float> pad_bias(const float* bias, int64_t rows, int64_t keys) {
   std::vector<float> wide(rows * padded(keys), -std::numeric_limits<float>::infinity());
   for (int64_t row = 0; row < rows; ++row) {
@@ -56,9 +56,8 @@ void biased_softmax(Tensor logits, Tensor bias) {
   });
 }
 
-constexpr int64_t kGroup = 8;  // rows whose products are made together
-constexpr int64_t kRowsAtOnce =
-    48;  // rows whose logits stay in the second-level cache until they are weights
+constexpr int64_t kGroup = 8;        // rows whose products are computed together
+constexpr int64_t kRowsAtOnce = 48;  // rows whose logits stay in the second-level cache until the softmax
 
 // The logits of some rows of x.
 template <typename T>

@@ -1,4 +1,4 @@
-// The keys and values of all heads, packed for attention.h, and the checks of what they are packed from.
+// The keys and values of all heads, packed for attention.h, and the checks of the tensors they come from.
 #pragma once
 
 #include <algorithm>
@@ -32,10 +32,10 @@ inline void check_bias(const Tensor& bias, const Tensor& k) {
                   "bias: expected a contiguous float32 CPU tensor [B, 1, n] or [B, H, n]");
 }
 
-// The heads of all sequences as attend() reads them; excluded rows are 0, so that a NaN in them stays there.
+// The heads of all sequences as attend() reads them; excluded rows are 0, so that a NaN in them is not read.
 class Heads {
  public:
-  // Room for `count` heads, and for their values where there are `values`.
+  // Room for `count` heads, and for their values if `values`.
   Heads(int64_t length, int64_t width, int64_t count, bool values)
       : length_(length),
         width_(width),

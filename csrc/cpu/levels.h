@@ -1,4 +1,4 @@
-// Which instruction sets a process is held to.
+// The limit on the instruction sets of a process.
 #pragma once
 
 #include <cstdlib>
@@ -6,8 +6,7 @@
 
 namespace memkern {
 
-// ATEN_CPU_CAPABILITY=default or avx2 holds torch's own kernels to an older set than the processor's, and
-// ours.
+// ATEN_CPU_CAPABILITY=default or avx2 limits torch's kernels, and ours, to an older set than the processor's.
 inline bool held_to(std::string_view older) {
   const char* name = std::getenv("ATEN_CPU_CAPABILITY");
   return name != nullptr && older == name;

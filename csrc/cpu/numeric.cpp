@@ -48,7 +48,8 @@ inline void add_loop(const T* a, const T* b, T* out, int64_t begin, int64_t n) {
 }
 
 #ifdef MEMKERN_F16C
-// Compilers do not use the float16 conversion instructions of x86 by themselves: eight lanes by hand.
+// Compilers do not use the float16 conversion instructions of x86 by themselves, so eight lanes are written
+// out.
 const bool has_f16c = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
 
 #define MEMKERN_TARGET_F16C __attribute__((target("avx,f16c")))

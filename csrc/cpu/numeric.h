@@ -1,5 +1,5 @@
 // Vector loops over float32, float64, float16 and bfloat16. They are plain loops that the compiler
-// vectorizes; on x86-64 Linux each is compiled for several instruction sets and chosen when it is loaded,
+// vectorizes; on x86-64 Linux each is compiled for several instruction sets and chosen at load time,
 // so that one wheel serves every machine.
 #pragma once
 
@@ -12,7 +12,7 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define MEMKERN_LEVELS
 #define MEMKERN_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
-// Without 512-bit stores, and without the compiler making a call of memcpy or memset of the loop.
+// Without 512-bit stores, and without the compiler turning the loop into a call of memcpy or memset.
 #define MEMKERN_COPY_LOOP \
   __attribute__((target_clones("default", "avx2"), optimize("no-tree-loop-distribute-patterns")))
 #else
@@ -20,7 +20,8 @@
 #define MEMKERN_COPY_LOOP
 #endif
 
-// What a clone calls must become part of it: on its own it would be compiled for the oldest machine.
+// Functions that a clone calls must be inlined in it: separately they would be compiled for the oldest
+// machine.
 #if defined(__GNUC__)
 #define MEMKERN_INLINE inline __attribute__((always_inline))
 #else
@@ -32,8 +33,8 @@ namespace memkern {
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
 
-// memcpy and memset for memory that was just allocated. There, page faults are most of the time, and they
-// cost more under the C library's 512-bit stores: long copies by these loops take a sixth less time.
+// memcpy and memset for memory that was just allocated. There, page faults take most of the time, and
+// they cost more with the C library's 512-bit stores: long copies by these loops take a sixth less time.
 void copy(const void* in, void* out, int64_t bytes);
 void zero(void* out, int64_t bytes);
 

@@ -38,7 +38,7 @@ Tensor pack_panels(Tensor a) {
   const int64_t size = count_panels(columns) * kPanel * inner;
   if (a.scalar_type() == ScalarType::BFloat16 && inner % 2 == 0 && multiplies_bfloat16()) {
     Tensor out = torch::stable::new_empty(a, {size});
-    // A pair is moved as one.
+    // A pair is moved as one value.
     pack_all(static_cast<const uint32_t*>(a.const_data_ptr()), columns, inner / 2,
              static_cast<uint32_t*>(out.mutable_data_ptr()));
     return out;

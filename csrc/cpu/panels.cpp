@@ -18,7 +18,7 @@ namespace memkern {
 namespace {
 
 constexpr int64_t kWidth = 16;
-constexpr int kRows = 8;  // times 3 vectors of columns: 24 sums in registers, beside what they are made of
+constexpr int kRows = 8;  // times 3 vectors of columns: 24 sums in registers, besides their factors
 
 // Rows [0, R) of a panel's first V vectors of columns.
 template <int R, int V>

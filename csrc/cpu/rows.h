@@ -1,4 +1,4 @@
-// Row kernels on raw pointers: what edit_embeds, edit_kv and embed_tokens do to one row of D values.
+// Row kernels on raw pointers: the work of edit_embeds, edit_kv and embed_tokens on one row of D values.
 // Arithmetic is float (double for double), rounded once, as in the torch reference.
 #pragma once
 
@@ -24,7 +24,7 @@ void scale_row(const T* row, float scale, T* out, int64_t width) {
 
 // The keys [begin, end) of a plan, counted through the batch: key i reads row source[i] of its sequence's own
 // `length` rows, or of the bank that follows them. Neighbours that are all zeroed, or that copy neighbouring
-// rows, are moved as one piece: most of a prompt is, and `copy` gains on long pieces only.
+// rows, are moved as one piece: most of a prompt is such rows, and `copy` gains on long pieces only.
 template <typename T>
 void edit_rows(const Rows<T>& rows, const Rows<T>& bank, int64_t length, const int32_t* source,
                const float* scale, T* out, int64_t width, int64_t begin, int64_t end) {

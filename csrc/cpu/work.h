@@ -1,4 +1,4 @@
-// How the CPU's op files go about their work: a look at the indices first, then pieces for threads.
+// The work of the CPU's op files: a check of the indices first, then pieces for threads.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -8,7 +8,7 @@
 
 namespace memkern {
 
-// Every index of a plan or of token ids lies in [0, size). Read here, before any thread starts.
+// Checks that every index of a plan or of token ids is in [0, size), before any thread starts.
 template <typename Index>
 void check_range(const char* name, const Index* index, int64_t count, int64_t size) {
   for (int64_t i = 0; i < count; ++i) {

@@ -12,11 +12,11 @@
 namespace memkern {
 
 // blockIdx.y is 0 for `first` and 1 for `second`: K and V in one launch. A source out of range gives a row of
-// NaN, since to report it would take a device sync. A scale of 0 selects 0, without a look at the row.
+// NaN, since reporting it would need a device sync. A scale of 0 gives 0, and the row is not read.
 template <typename T, int kSize>
 __global__ void edit_rows_kernel(EditRows<T> first, EditRows<T> second, EditPlan plan) {
   using wide = typename Wide<T>::type;
-  // A copy: a reference to one of the two would put both into local memory.
+  // A copy, since a reference to one of the two would put both into local memory.
   const EditRows<T> edit = blockIdx.y == 0 ? first : second;
   const int64_t rows_at_once = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; i < plan.count;
@@ -50,7 +50,7 @@ __global__ void edit_rows_kernel(EditRows<T> first, EditRows<T> second, EditPlan
   }
 }
 
-// How to launch it for `tensors` edits, 1 or 2.
+// The launch geometry for `tensors` edits, 1 or 2.
 template <typename T>
 Geometry edit_rows_geometry(const EditRows<T>* edits, int tensors, const EditPlan& plan) {
   const bool aligned = std::all_of(edits, edits + tensors, [](const EditRows<T>& edit) {

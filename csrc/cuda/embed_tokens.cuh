@@ -10,7 +10,7 @@
 
 namespace memkern {
 
-// An id out of range gives a row of NaN, since to report it would take a device sync.
+// An id out of range gives a row of NaN, since reporting it would need a device sync.
 template <typename T, int kSize>
 __global__ void embed_tokens_kernel(EmbedTokens<T> embed) {
   using wide = typename Wide<T>::type;

@@ -1,4 +1,4 @@
-// How kernels on rows are laid over a GPU, and a vector of 16 bytes.
+// The launch geometry of kernels on rows, and a vector of 16 bytes.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace memkern {
 
-// Values that a thread moves at once: 16 bytes, or one value where rows do not start at 16 bytes.
+// Values that a thread moves at once: 16 bytes, or one value if rows do not start at 16 bytes.
 template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Vector {
   T values[kSize];
@@ -22,10 +22,10 @@ struct Geometry {
   unsigned blocks;
   unsigned threads_x;
   unsigned threads_y;
-  bool vectors;  // whether a thread moves 16 bytes at once, or one value
+  bool vectors;  // true if a thread moves 16 bytes at once, false for one value
 };
 
-// Covers `count` rows of `width` values; `aligned` tells that each starts at 16 bytes.
+// Covers `count` rows of `width` values; `aligned` says that each starts at 16 bytes.
 template <typename T>
 Geometry cover(int64_t count, int64_t width, bool aligned) {
   constexpr unsigned kThreads = 256;
@@ -41,7 +41,7 @@ Geometry cover(int64_t count, int64_t width, bool aligned) {
   return {static_cast<unsigned>(std::min(blocks, kMostBlocks)), threads_x, threads_y, vectors};
 }
 
-// What a value is computed in.
+// The type that a value is computed in.
 template <typename T>
 struct Wide {
   using type = float;
@@ -53,7 +53,7 @@ struct Wide<double> {
 
 inline bool starts_at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Whether every row of `rows` starts at 16 bytes; so has a bank that is not there.
+// True if every row of `rows` starts at 16 bytes; also true for a missing bank.
 template <typename T>
 bool starts_at_16_bytes(const Rows<T>& rows) {
   return starts_at_16_bytes(rows.data) && rows.batch_stride % kVectorSize<T> == 0 &&

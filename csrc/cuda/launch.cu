@@ -13,8 +13,7 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 }  // namespace
 
-// This library has a CUDA runtime of its own, linked in, which must be told the device that torch's guard
-// set.
+// This library links its own CUDA runtime, which needs the device that torch's guard set.
 template <typename T>
 const char* launch_edit_rows(const EditRows<T>* edits, int tensors, const EditPlan& plan, int device,
                              void* stream) {

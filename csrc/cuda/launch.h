@@ -1,4 +1,4 @@
-// Launches, for op files that know nothing of CUDA. Each returns what CUDA says went wrong, or nullptr.
+// Launches, for op files that do not include CUDA. Each returns CUDA's error message, or nullptr.
 #pragma once
 
 #include "parameters.h"

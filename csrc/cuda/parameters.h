@@ -1,4 +1,4 @@
-// What kernels are called with: raw memory and sizes.
+// The arguments of kernels: raw memory and sizes.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace memkern {
 
-// One tensor of rows, the bank that follows it, and what becomes of them.
+// One tensor of rows, the bank that follows it, their scales, and the output.
 template <typename T>
 struct EditRows {
   Rows<T> rows;
@@ -16,7 +16,7 @@ struct EditRows {
   T* out;              // [B * L, D], contiguous
 };
 
-// What K and V share.
+// The parameters that K and V share.
 struct EditPlan {
   const int32_t* source;  // [B * L]
   int64_t count;          // B * L
@@ -25,7 +25,7 @@ struct EditPlan {
   int64_t width;
 };
 
-// What embed_tokens reads and writes.
+// The parameters of embed_tokens.
 template <typename T>
 struct EmbedTokens {
   const int64_t* ids;    // [B * L]

@@ -1,4 +1,4 @@
-// Where to launch: torch's current stream on a tensor's device.
+// The stream to launch on: torch's current one on a tensor's device.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

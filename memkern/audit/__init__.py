@@ -1,4 +1,4 @@
-"""`memkern audit`: how much a model memorizes, and what each policy does to it and to ordinary prompts."""
+"""`memkern audit`: a measure of a model's memorization, and of each policy's effect on it and on ordinary prompts."""
 
 from .front import Candidate, Swept
 from .methods import split

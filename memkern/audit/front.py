@@ -1,4 +1,4 @@
-"""What a sweep found: candidates by copies and loss, which of them no other beats, and the files of that."""
+"""The result of a sweep: candidates by copies and loss, those that no other beats, and the files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .summary import Summary
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy and what it does.
+    """A policy and its measured effect.
 
     Attributes:
-        method: of the audit.
+        method: the audit's method for it.
         policy: None is the unpatched pipeline.
         copies: the share of images of memorized prompts that are copies.
-        similarity: the mean by which they are, which tells policies apart where none has a copy.
+        similarity: the mean similarity of those images, which separates policies if none has a copy.
         fidelity: measure → its mean over ordinary prompts.
         loss: measure → unpatched minus this one on the same prompts, with a 95 % interval.
-        front: whether no other has less similarity and less loss.
+        front: True if no other has less similarity and less loss.
         images: how many were measured.
     """
 
@@ -47,12 +47,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep found.
+    """The result of a sweep.
 
     Attributes:
         candidates: those of the last round, the front first.
-        best: of the least loss among those with few enough copies; else that with the fewest copies.
-        checked: the best one on seeds that the sweep did not see; None without such seeds.
+        best: the one with the least loss among those with few enough copies; else the one with the fewest copies.
+        checked: the best one on seeds that the sweep did not use; None without such seeds.
         out: the folder.
     """
 
@@ -69,7 +69,7 @@ class Swept:
 
 
 def fronted(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """With `front` set: no other is as good in one of copies and loss and better in the other."""
+    """The candidates with `front` set: no other is as good in similarity or loss and better in the other."""
 
     def beaten(one: Candidate) -> bool:
         return any(
@@ -83,12 +83,12 @@ def fronted(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def ordered(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The front first, then by the sum of similarity and loss."""
+    """The candidates, the front first, then by the sum of similarity and loss."""
     return sorted(candidates, key=lambda one: (not one.front, one.similarity + one.worst, one.method.name))
 
 
 def best(candidates: Sequence[Candidate], max_copies: float) -> Candidate:
-    """The least loss among those with few enough copies; without any the fewest copies."""
+    """The candidate with the least loss among those with few enough copies; if none, with the fewest copies."""
     few = [one for one in candidates if one.copies.mean <= max_copies]
     if few:
         return min(few, key=lambda one: (one.worst, one.similarity))
@@ -96,7 +96,7 @@ def best(candidates: Sequence[Candidate], max_copies: float) -> Candidate:
 
 
 def table(candidates: Sequence[Candidate]) -> str:
-    """Markdown; per cent, with 95 % intervals."""
+    """Markdown table; per cent, with 95 % intervals."""
     names = list(candidates[0].loss)
     head = f"| policy | front | copies % | similarity | {' | '.join(f'{name}, loss' for name in names)} | images |\n"
     lines = [head, f"| --- | --- | ---: | ---: |{' ---: |' * len(names)} ---: |\n"]
@@ -120,7 +120,7 @@ def _row(one: Candidate) -> dict[str, Any]:
 
 
 def write(found: Swept) -> None:
-    """Write `sweep.csv`, `sweep.json`, `sweep.md`, `best.json` and, where there is matplotlib, `front.png`."""
+    """Write `sweep.csv`, `sweep.json`, `sweep.md`, `best.json` and, if matplotlib is installed, `front.png`."""
     out, rows = found.out, [_row(one) for one in found.candidates]
     with (out / "sweep.partial").open("w", encoding="utf-8", newline="") as lines:
         writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")

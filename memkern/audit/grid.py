@@ -1,4 +1,4 @@
-"""A grid of policies: a preset's numbers, and where in the UNet and in the schedule its edits apply."""
+"""A grid of policies: a preset's numbers, and the layers and steps in which its edits apply."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def grid(
     """Every policy of the grid, each once.
 
     Args:
-        patterns: presets, a number of which may be a range or a list in braces: "zero-pad:{0.3..1.0:0.1}" is eight,
+        patterns: presets; each number may be a range or a list in braces: "zero-pad:{0.3..1.0:0.1}" is eight policies,
             "guard:{0.2,0.5},1.5" two.
         layers: for each choice the blocks or layers of the edits, "down+mid"; "all" is no limit.
         steps: for each choice the part of the schedule, "0-0.5".
 
     Raises:
-        ValueError: a pattern, a layer or a part that cannot be.
+        ValueError: a pattern, a layer or a part that is not valid.
     """
     places = [_layers(text) for text in layers]
     parts = [_part(text) for text in steps]
@@ -41,7 +41,7 @@ def grid(
 
 
 def expanded(pattern: str) -> Iterator[str]:
-    """The texts that a pattern stands for, the last range fastest."""
+    """The texts that a pattern stands for; the last range varies fastest."""
     match = RANGE.search(pattern)
     if match is None:
         yield pattern.strip()
@@ -52,7 +52,7 @@ def expanded(pattern: str) -> Iterator[str]:
 
 
 def _values(text: str, pattern: str) -> list[str]:
-    """Of "0.3..1.0:0.1", both ends included, or of "0.2,0.5"; decimal, so that no digit is lost on the way."""
+    """The values of "0.3..1.0:0.1", both ends included, or of "0.2,0.5"; decimal, so that no digit is lost."""
     wrong = ValueError(
         f"policy: expected a range such as {{0.3..1.0:0.1}} or a list such as {{0.2,0.5}}, got {pattern!r}"
     )
@@ -73,7 +73,7 @@ def _values(text: str, pattern: str) -> list[str]:
 
 
 def _limited(policy: Policy, layers: tuple[str, ...] | None, part: tuple[float, float] | None) -> Policy:
-    """The policy with its edits in these layers and steps; re-embedded pads are so everywhere."""
+    """The policy with its edits in these layers and steps; pads are re-embedded everywhere."""
     if layers is None and part is None:
         return policy
     edits = tuple(replace(edit, layers=layers or edit.layers, steps=part or edit.steps) for edit in policy.edits)

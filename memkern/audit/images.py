@@ -1,4 +1,4 @@
-"""Making the pictures of an audit: each once, whole or not at all, so that a broken run goes on where it stopped."""
+"""Generation of the images of an audit: each once, whole or not at all, so that a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .prompts import Prompt
 
 RECORDED = ("text", "seconds", "peak_mib", "noise_magnitude")
 TIMES = ("seconds", "peak_mib")
-"""What no two runs have in common."""
+"""The records that differ between any two runs."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture."""
+    """One image to generate."""
 
     method: Method
     prompt: Prompt
     seed: int
 
     def path(self, out: Path) -> Path:
-        """Where it is kept."""
+        """The path of the image."""
         return out / "images" / self.method.folder / f"{self.prompt.id}_{self.seed}.png"
 
 
 def is_done(path: Path) -> bool:
-    """Whether the picture and its record are there and whole."""
+    """True if the image and its record exist and are whole."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -47,11 +47,11 @@ def is_done(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Image.Image, dict[str, Any]]:
-    """An image, RGB, and its record: "text", "seconds", "peak_mib", "noise_magnitude"; None for what it lacks."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    """An image, RGB, and its record: "text", "seconds", "peak_mib", "noise_magnitude"; None for a missing entry."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return picture, {name: record.get(name) for name in RECORDED}
+    return image, {name: record.get(name) for name in RECORDED}
 
 
 def make(
@@ -64,16 +64,16 @@ def make(
     batch: int = 1,
     generator_device: str = "cpu",
 ) -> None:
-    """Generate the jobs, those of one method together, in the order given.
+    """Generate the images of the jobs, those of one method together, in the order given.
 
     Args:
-        options: of the pipeline.
+        options: of the pipeline's call.
         made: called with the number of images after each batch.
         batch: how many images are generated at once.
         generator_device: of the generators of the initial noise, one per image.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; what was made stays.
+        OSError: the disk is full, or the folder cannot be written; finished images stay.
     """
     for job_method, group in _grouped(jobs):
         with job_method.installed(pipe):
@@ -87,7 +87,7 @@ def make(
 def generate(
     pipe: Any, jobs: Sequence[Job], options: dict[str, Any], generator_device: str
 ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """The images of jobs of one method, at once, and their records."""
+    """The images of jobs of one method, generated at once, and their records."""
     on_gpu = pipe.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(pipe.device)
@@ -109,18 +109,18 @@ def generate(
     return [image.convert("RGB") for image in images], records
 
 
-def write(path: Path, picture: Image.Image, record: dict[str, Any]) -> None:
-    """The record first, then the picture, each in one move: a picture that is there has its record."""
+def write(path: Path, image: Image.Image, record: dict[str, Any]) -> None:
+    """Write the record first, then the image, each in one move: an image that exists has its record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
         os.replace(partial, path.with_suffix(".json"))
-        picture.save(partial, format="PNG")
+        image.save(partial, format="PNG")
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"out: {path} cannot be written: {error}; what was made stays, run again to go on") from error
+        raise OSError(f"out: {path} cannot be written: {error}; finished images stay, run again to continue") from error
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def noise_magnitude(pipe: Any, count: int) -> Iterator[Callable[[], list[float |
         count: how many images are generated at once.
 
     Yields:
-        A function that returns it for each image afterwards; None where there was no guidance.
+        A function that returns it for each image afterwards; None if there was no guidance.
     """
     found: list[torch.Tensor] = []
 

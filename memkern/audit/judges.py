@@ -1,4 +1,4 @@
-"""What a sweep asks of images: is it a copy, and is an ordinary prompt's image still what was asked for?"""
+"""The judgement of images in a sweep: copies of training images, and the fidelity of ordinary prompts' images."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .prompts import Prompt
 from .results import reference_of
 
 Pair = tuple[Image.Image, Image.Image]
-"""An image, and the unpatched pipeline's of the same prompt and seed."""
+"""An image, and the unpatched pipeline's image of the same prompt and seed."""
 
 
 class Judge(Protocol):
     """Judges the images of one prompt."""
 
     described: dict[str, Any]
-    """What the manifest says of it."""
+    """The manifest's description of it."""
 
     def __call__(self, prompt: Prompt, images: Sequence[Pair]) -> dict[str, list[float]]:
-        """For a memorized prompt "copies", 0 or 1 for each image, and "similarity", by which they are; for another one
-        its measures of fidelity.
+        """Measure → a value per image: for a memorized prompt "copies", 0 or 1, and "similarity", which decides it; for
+        another prompt the measures of fidelity.
         """
 
 
 class ByAttributes:
-    """The embedded model's: copies by correlation with the training image, and what an ordinary caption names."""
+    """The judge of the embedded model: copies by correlation with the training image, fidelity by attributes."""
 
     def __init__(self) -> None:
         self.described: dict[str, Any] = {
@@ -53,7 +53,7 @@ class ByAttributes:
 
 
 class ByMetrics:
-    """Any model's: copies by SSCD or else pixels, fidelity by the CLIP score or else the likeness to unpatched ones."""
+    """The judge of any model: copies by SSCD or pixels, fidelity by CLIP score or similarity to unpatched images."""
 
     def __init__(self, found: Sequence[Metric], threshold: float) -> None:
         self._found, self._threshold = list(found), threshold

@@ -15,7 +15,7 @@ def listed(model: Model, path: str | Path | None, references: str | None, limit:
     if path is not None:
         return read_prompts(Path(path), references=references, limit=limit)
     if model.source != EMBEDDED:
-        raise ValueError("prompts: a file of prompts is needed, but for the embedded model")
+        raise ValueError("prompts: a file of prompts is needed, except for the embedded model")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 prompt, got {limit}")
     entries = json.loads((embedded.MODEL / "memorized.json").read_text(encoding="utf-8"))

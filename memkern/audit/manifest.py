@@ -1,4 +1,4 @@
-"""What an audit's folder holds: settings that may not change, and lists that may grow."""
+"""The contents of an audit's folder: settings that may not change, and lists that may grow."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FORMER: dict[str, Any] = {
     "generator_device": "cpu",
     "batch": 1,
 }
-"""What settings were before a manifest had them; those that are not here are taken as they are now."""
+"""The values of settings before a manifest recorded them; other settings are taken with their present values."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What an audit is of: the lists that grow, and `settings`, which stay."""
+    """The contents of an audit: the lists that grow, and `settings`, which stay."""
 
     prompts: list[Prompt]
     methods: list[Method]
@@ -50,9 +50,9 @@ class Contents:
 
 
 def grown(out: Path, asked: Contents) -> Contents:
-    """What was asked for and what the folder holds already, together.
+    """The requested contents together with those that the folder already holds.
 
-    A list that covers the folder's keeps its order; otherwise what is new comes after what was there.
+    A list that covers the folder's keeps its order; otherwise new entries come after the old ones.
 
     Raises:
         ValueError: the folder holds an audit with other settings, or with other prompts in the same places.
@@ -89,7 +89,7 @@ def grown(out: Path, asked: Contents) -> Contents:
 
 
 def write_manifest(out: Path, contents: Contents, measured: dict[str, Any]) -> None:
-    """Write settings, what is measured, and versions, in one move.
+    """Write settings, measures and versions, in one move.
 
     Raises:
         OSError: the folder cannot be written.
@@ -133,7 +133,7 @@ def _prompts(out: Path, held: list[Prompt], asked: list[Prompt]) -> list[Prompt]
     for former, now in zip(held, asked, strict=False):
         if former.text != now.text:
             raise ValueError(
-                f"prompts: {out} holds {former.text!r} as {former.id}, asked for is {now.text!r}; "
+                f"prompts: {out} holds {former.text!r} as {former.id}, but the requested one is {now.text!r}; "
                 "add prompts at the end of the file, or take another folder"
             )
     return asked + held[len(asked) :]

@@ -1,4 +1,4 @@
-"""What an audit compares: policies of memkern, and the published alternatives that need no retraining."""
+"""The methods that an audit compares: memkern's policies, and the published alternatives that need no retraining."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Method:
     """One column of an audit.
 
     Attributes:
-        name: as it was asked for.
+        name: the name that was asked for.
         prompt: changes a prompt's text before the tokenizer sees it, by the image's seed and the tokenizer.
         installed: puts it into a pipeline for the length of a `with` block.
-        inputs: what a pipeline is called with, beside its options, for texts and a generator each.
-        document: the policy as JSON, where the name alone does not stand for it.
+        inputs: the pipeline's arguments, besides its options, for texts with a generator each.
+        document: the policy as JSON, if the name alone does not define it.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Method:
 
     @property
     def folder(self) -> str:
-        """The name as that of a folder; with a digest where other names could give the same one."""
+        """The name of its folder, with a digest if other names could give the same one."""
         plain = re.sub(r"[^\w.,=-]", "_", self.name)
         if len(plain) <= 100 and re.fullmatch(r"[a-zA-Z0-9.,=-]+(:[a-zA-Z0-9.,=-]+)?", self.name):
             return plain
@@ -66,7 +66,7 @@ class Method:
 
 
 def split(text: str) -> list[str]:
-    """Comma-separated names, where a policy's own numbers are too: "guard:0.2,1e-1, none" is two."""
+    """Comma-separated names, which may have comma-separated numbers themselves: "guard:0.2,1e-1, none" is two."""
     found: list[str] = []
     for part in (part.strip() for part in text.split(",")):
         if found and _is_number(part):
@@ -78,7 +78,7 @@ def split(text: str) -> list[str]:
 
 def methods(given: Iterable[str | Path | Policy]) -> list[Method]:
     """The methods of an audit, each once, "none" first; see `method`."""
-    # The text of a policy says all of it, so that one name is one method.
+    # The text of a policy describes it fully, so one name is one method.
     found = [Method(UNMITIGATED), *(method(one) for one in given)]
     return list({one.name: one for one in found}.values())
 
@@ -86,11 +86,11 @@ def methods(given: Iterable[str | Path | Policy]) -> list[Method]:
 def method(given: str | Path | Policy) -> Method:
     """One method: a `Policy`, a preset's name, a JSON file of a policy, or one of `ALTERNATIVES`.
 
-    "none" is the pipeline as it is, not patched at all.
+    "none" is the unpatched pipeline.
 
     Raises:
         FileNotFoundError, ValueError: it is none of them.
-        TypeError: something else than text, a path or a policy.
+        TypeError: it is not text, a path or a policy.
     """
     if isinstance(given, Policy):
         return _of_policy(given)
@@ -147,8 +147,8 @@ def _random_additions(change: Callable[[str, int, Any, random.Random], str]) -> 
 def _late_guidance(name: str, number: str) -> Method:
     """Jain et al., "Classifier-free guidance inside the attraction basin may cause memorization", 2024.
 
-    Before a part of the schedule (their static transition point; 0.5 by default) is over, the prediction is that of
-    the negative prompt alone, whatever the guidance scale: guidance 0.
+    Until a part of the schedule (their static transition point; 0.5 by default) is over, the prediction is that of
+    the negative prompt only, for any guidance scale: guidance 0.
     """
     start = _number(name, number, 0.5, float)
 

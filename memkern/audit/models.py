@@ -1,4 +1,4 @@
-"""The model of an audit: embedded, a folder, a hub name, a single file, or a pipeline that is loaded already."""
+"""The model of an audit: embedded, a folder, a hub name, a single file, or a loaded pipeline."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 @dataclass(frozen=True)
 class Model:
-    """Where a pipeline comes from.
+    """The origin of a pipeline.
 
     Attributes:
         source: "embedded", a diffusers folder or hub name, a `.safetensors` file of a whole checkpoint (A1111's),
-            or a loaded pipeline, which is taken as it is.
+            or a loaded pipeline, which is used as it is.
         config: a diffusers folder or hub name with the configuration of a single file; by default diffusers finds it on
             the hub.
         loras: `.safetensors` files, "FILE" or "FILE:weight".
@@ -57,12 +57,12 @@ class Model:
 
     @property
     def single(self) -> bool:
-        """Whether it is one file."""
+        """True if it is one file."""
         return isinstance(self.source, (str, Path)) and Path(self.source).suffix.lower() == SINGLE
 
     @property
     def name(self) -> str:
-        """What the manifest calls it; a loaded pipeline by its class, origin, and a digest of its UNet."""
+        """The name in the manifest; for a loaded pipeline its class, origin, and a digest of its UNet."""
         if isinstance(self.source, (str, Path)):
             return str(self.source)
         origin = self.source.config.get("_name_or_path") or "memory"
@@ -71,9 +71,9 @@ class Model:
 
 @contextmanager
 def opened(model: Model, made: Protocol, rank: int = 0) -> Iterator[Any]:
-    """The pipeline, on its device and with its scheduler, without bars and without a checker that blackens pictures.
+    """The pipeline, on its device and with its scheduler, without bars and without a checker that blackens images.
 
-    A loaded pipeline gets its own scheduler, checker and bars back.
+    A loaded pipeline gets its own scheduler, checker and bars back afterwards.
 
     Raises:
         ValueError: it cannot be loaded or patched, with the reasons.
@@ -103,7 +103,7 @@ def opened(model: Model, made: Protocol, rank: int = 0) -> Iterator[Any]:
 
 
 def load(model: Model, made: Protocol, rank: int = 0) -> Any:
-    """The pipeline of a model that is named, with its LoRAs, on its device."""
+    """The pipeline of a named model, with its LoRAs, on its device."""
     target = device_of(made, rank)
     dtype = DTYPES[made.dtype or default_dtype(model, target.type)]
     if model.source == EMBEDDED:
@@ -115,7 +115,7 @@ def load(model: Model, made: Protocol, rank: int = 0) -> Any:
         import diffusers
         from packaging.version import Version
 
-        # The former name warns from diffusers 0.42 on; the present one is ignored before it.
+        # The old name warns from diffusers 0.42 on; the new one is ignored before it.
         name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
         pipe = diffusers.DiffusionPipeline.from_pretrained(model.source, **{name: dtype})
     _add_loras(pipe, model.loras)
@@ -123,7 +123,7 @@ def load(model: Model, made: Protocol, rank: int = 0) -> Any:
 
 
 def device_of(made: Protocol, rank: int = 0) -> torch.device:
-    """Where the pipeline runs: what was asked for, else a GPU for each local process, else the CPU."""
+    """The pipeline's device: the requested one, else a GPU for each local process, else the CPU."""
     asked = device("device", made.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if asked.type == "cuda" and asked.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
@@ -131,12 +131,12 @@ def device_of(made: Protocol, rank: int = 0) -> torch.device:
 
 
 def default_dtype(model: Model, kind: str) -> str:
-    """float16 on a GPU, but for the embedded model, and float32 elsewhere."""
+    """float16 on a GPU, except for the embedded model; float32 elsewhere."""
     return "float16" if kind == "cuda" and model.source != EMBEDDED else "float32"
 
 
 def settings_of(model: Model, made: Protocol) -> dict[str, Any]:
-    """What the manifest says of a model and a protocol, but for the seeds."""
+    """The manifest's settings of a model and a protocol, except the seeds."""
     loaded = not isinstance(model.source, (str, Path))
     return {
         "model": model.name,
@@ -165,7 +165,7 @@ def _single_file(path: Path, config: str | None, dtype: torch.dtype) -> Any:
         raise ValueError(
             f"model: {path} has no UNet in A1111's layout (model.diffusion_model.…); a LoRA goes with --lora"
         )
-    # The text encoder tells which family: SDXL's base has two, its refiner the second alone.
+    # The text encoders show the family: SDXL's base has two, its refiner only the second.
     kind = next(
         (kind for prefix, kind in _KINDS.items() if any(name.startswith(prefix) for name in names)),
         "StableDiffusionPipeline",
@@ -234,13 +234,13 @@ def _check_loaded(model: Model) -> None:
 
 def _check_fits(pipe: Any, made: Protocol) -> None:
     if made.dtype is not None and pipe.unet.dtype != DTYPES[made.dtype]:
-        raise ValueError(f"dtype: the pipeline is {pipe.unet.dtype}, asked for is {made.dtype}; pipe.to it first")
+        raise ValueError(f"dtype: the pipeline is {pipe.unet.dtype}, not {made.dtype}; call pipe.to first")
     if made.device is not None and pipe.device.type != torch.device(made.device).type:
-        raise ValueError(f"device: the pipeline is on {pipe.device}, asked for is {made.device}; pipe.to it first")
+        raise ValueError(f"device: the pipeline is on {pipe.device}, not {made.device}; call pipe.to first")
 
 
 def _digest(unet: torch.nn.Module) -> str:
-    """Of names, shapes and each tensor's first values: tells two models apart without reading gigabytes."""
+    """A digest of names, shapes and each tensor's first values: tells two models apart without reading gigabytes."""
     found = hashlib.sha256()
     for name, value in unet.state_dict().items():
         first = value.detach().flatten()[:8].to("cpu", torch.float32)

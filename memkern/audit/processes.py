@@ -9,15 +9,15 @@ import torch
 
 
 def place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """The number of this process, and the number of all processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.distributed.is_initialized():
-        # The others wait for the slowest, which may be long.
+        # The others wait for the slowest process, which may take long.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     return int(os.environ.get("RANK", "0")), world
 
 
 def wait(world: int) -> None:
-    """Until all of them are here."""
+    """Wait until all processes are here."""
     if world > 1:
         torch.distributed.barrier()

@@ -22,9 +22,9 @@ class Prompt:
 
     Attributes:
         id: names its images; four digits and up, by its place in the file.
-        text: what is generated from.
+        text: the text to generate from.
         reference: the file of its training image, if one is known.
-        label: whether the model is known to have memorized it; None where that is not said.
+        label: True if the model is known to have memorized it, False if not; None if unknown.
     """
 
     id: str
@@ -45,9 +45,9 @@ def read_prompts(path: Path, *, references: str | None = None, limit: int | None
         limit: how many prompts, from the start.
 
     Raises:
-        FileNotFoundError: the file.
-        ValueError: another kind of file, one that is not UTF-8, a column that is not there, a value that is no text,
-            or no prompt; the message has file, line, what came, and what is right.
+        FileNotFoundError: there is no such file.
+        ValueError: another kind of file, one that is not UTF-8, a missing column, a value that is not text, or no
+            prompt; the message has the file, the line, the given value, and the accepted ones.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 prompt, got {limit}")
@@ -105,7 +105,7 @@ def _table(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _delimiter(text: str) -> str:
-    """The one that splits the header into the most names, among which is a prompt's."""
+    """The delimiter that splits the header into the most names, one of them a prompt column."""
 
     def fits(delimiter: str) -> tuple[bool, int]:
         names = next(csv.reader(text.splitlines()[:1], delimiter=delimiter), [])

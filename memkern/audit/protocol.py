@@ -1,4 +1,4 @@
-"""How the pictures of an audit are made: every number that changes them, and published sets of them by name."""
+"""The generation settings of an audit: every number that changes its images, and published sets of them by name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..actions import whole
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PIPELINE = "pipeline"
-"""As the device of the generators: the pipeline's."""
+"""The name that stands for the pipeline's device, as the device of the generators."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How pictures are made.
+    """The settings that images are generated with.
 
     Attributes:
         seeds: of the initial noise.
@@ -27,7 +27,7 @@ class Protocol:
         dtype: of the weights; None is float16 on a GPU and float32 elsewhere.
         device: None is the first GPU, or the CPU.
         generator_device: of the initial noise; "pipeline" is the pipeline's. The CPU's noise is the same on every card.
-        batch: how many pictures are made at once, a generator each.
+        batch: how many images are generated at once, with a generator each.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -62,13 +62,13 @@ class Protocol:
 
 
 def protocol(name: str | None = None, **given: Any) -> Protocol:
-    """The protocol of that name, or the default one, with what is given in place of its own.
+    """The protocol of that name, or the default one, with the given values in place of its own.
 
     Args:
-        given: attributes of `Protocol`; None is not given.
+        given: attributes of `Protocol`; None keeps the protocol's value.
 
     Raises:
-        TypeError, ValueError: an unknown name, or a value that cannot be.
+        TypeError, ValueError: an unknown name, or a value that is not valid.
     """
     if name is not None and name not in PROTOCOLS:
         raise ValueError(f"protocol: expected {', '.join(PROTOCOLS)}, got {name!r}")
@@ -88,7 +88,7 @@ def scheduler_class(name: str) -> Any:
 
 
 def device(name: str, text: str) -> torch.device:
-    """The device that `text` names; ValueError for one that is not here."""
+    """The device that `text` names; ValueError if it does not exist here."""
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -119,4 +119,4 @@ PROTOCOLS = {
         generator_device=PIPELINE,
     )
 }
-"""Name → how a paper made its pictures. "kim-no": Kim & No, arXiv 2605.02908."""
+"""Name → the settings of a paper. "kim-no": Kim & No, arXiv 2605.02908."""

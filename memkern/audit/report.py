@@ -1,4 +1,4 @@
-"""The report of an audit: one HTML page that needs nothing beside it, and a grid of pictures."""
+"""The report of an audit: one self-contained HTML page, and a grid of images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .results import SIMILARITIES, reference_of
 from .summary import NAMES, Summary, cell, paired, summarize, write_summary
 
 SHOWN_PROMPTS = 50
-"""In the grid; the table has all."""
+"""The most prompts in the grid; the table has all."""
 
 PUBLISHED = {
     "swap-pad-zero-eot": "0.08 / 0.31",
@@ -30,7 +30,7 @@ PUBLISHED = {
     "random-tokens:1": "0.58",
     "random-numbers:1": "0.53",
 }
-"""Kim & No (arXiv 2605.02908): SSCD to the unmitigated picture / CLIP score, Stable Diffusion 1.4, 458 prompts."""
+"""Kim & No (arXiv 2605.02908): SSCD to the unmitigated image / CLIP score, Stable Diffusion 1.4, 458 prompts."""
 
 
 def write_report(
@@ -80,7 +80,7 @@ def draw(
     methods: Sequence[Method],
     seeds: Sequence[int],
 ) -> Image.Image:
-    """A row per prompt, a column per method by the first seed, each picture's similarity under it; references first."""
+    """A row per prompt, a column per method by the first seed, each image's similarity under it; references first."""
     measure = grid_measure(table)
     values = {(row["prompt_id"], row["method"], row["seed"]): row.get(measure or "") for row in table}
     shown = prompts[:SHOWN_PROMPTS]
@@ -102,15 +102,15 @@ def draw(
 
 
 def grid_measure(table: Sequence[dict[str, Any]]) -> str | None:
-    """What is written under the pictures: the first similarity that was measured."""
+    """The measure written under the images: the first similarity that was measured."""
     return next((name for name in SIMILARITIES if any(row.get(name) is not None for row in table)), None)
 
 
 def axes_of(measures: Sequence[str]) -> tuple[str, str] | None:
-    """What a chart of memorization against fidelity has on its axes, of what was measured; None without such a pair.
+    """The two measures on the axes of a chart of memorization against fidelity; None if there is no such pair.
 
-    Memorization is the similarity to the training image where there is one, else to the unmitigated picture; fidelity
-    the CLIP score, else how far ordinary prompts keep their picture.
+    Memorization is the similarity to the training image if there is one, else to the unmitigated image; fidelity is
+    the CLIP score, else the similarity of ordinary prompts' images to the unmitigated ones.
     """
     across = ("sscd_to_reference", "pixels_to_reference", "sscd_to_unmitigated", "pixels_to_unmitigated")
     found = [next((name for name in names if name in measures), None) for names in (across, ("clip_score", "kept"))]
@@ -118,7 +118,7 @@ def axes_of(measures: Sequence[str]) -> tuple[str, str] | None:
 
 
 def plot(summaries: dict[str, dict[str, Summary]], measures: Sequence[str]) -> str:
-    """Memorization against fidelity, a point per method, as an inline picture; "" without matplotlib or a pair."""
+    """Memorization against fidelity, a point per method, as an inline image; "" without matplotlib or a pair."""
     pair = axes_of(measures)
     if pair is None:
         return ""

@@ -1,4 +1,4 @@
-"""The tables of an audit: a row per picture."""
+"""The tables of an audit: a row per image."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .metrics import Metric, Shown
 from .prompts import Prompt
 
 COPY = 0.5
-"""The similarity above which a picture counts as a copy, as in Kim & No and Wen et al."""
+"""The similarity above which an image counts as a copy, as in Kim & No and Wen et al."""
 SIMILARITIES = ("sscd_to_unmitigated", "sscd_to_reference", "pixels_to_unmitigated", "pixels_to_reference")
 FORMULA = tuple("=+-@\t\n＝＋－＠")
-"""What a spreadsheet takes for the beginning of a formula."""
+"""The characters that begin a formula in a spreadsheet."""
 KEY = ("prompt_id", "method", "seed")
 TEXTS = ("prompt_id", "prompt", "method", "image", "text")
 
 
 def reference_of(prompt: Prompt, broken: dict[str, str]) -> Image.Image | None:
-    """The prompt's training image; one that is none is noted in `broken`, by its file's name, and skipped."""
+    """The prompt's training image; a file that is no image is noted in `broken`, by its name, and skipped."""
     if prompt.reference is None:
         return None
     try:
-        with Image.open(prompt.reference) as image:
-            picture: Image.Image = image.convert("RGB")
-            return picture
+        with Image.open(prompt.reference) as file:
+            image: Image.Image = file.convert("RGB")
+            return image
     except OSError as error:
         broken[str(prompt.reference)] = str(error)
         return None
@@ -46,7 +46,7 @@ def rows(
     broken: dict[str, str],
     threshold: float = COPY,
 ) -> Iterator[dict[str, Any]]:
-    """The table's rows, a prompt at a time: no more of the pictures is in memory."""
+    """The table's rows, a prompt at a time: only the images of one prompt are in memory."""
     for prompt in prompts:
         reference = reference_of(prompt, broken)
         made = {(one.name, seed): read(Job(one, prompt, seed).path(out)) for one in methods for seed in seeds}
@@ -75,7 +75,7 @@ def rows(
 
 
 def write_csv(out: Path, table: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write `results.csv`, and what differs between any two runs to `times.csv`, each in one move.
+    """Write `results.csv`, and the values that differ between any two runs to `times.csv`, each in one move.
 
     Numbers have six digits, and text that a spreadsheet would run as a formula has an apostrophe before it.
 

@@ -1,4 +1,4 @@
-"""How well a score tells two kinds of prompts apart."""
+"""The quality of a score that tells two kinds of prompts apart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Roc:
 
     @classmethod
     def of(cls, scores: Sequence[float], labels: Sequence[bool]) -> Roc | None:
-        """None unless there are both labels."""
+        """The curve of these scores; None unless there are both labels."""
         values, known = np.asarray(scores, np.float64), np.asarray(labels, bool)
         positives, negatives = int(known.sum()), int((~known).sum())
         if not positives or not negatives:

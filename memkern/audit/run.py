@@ -1,4 +1,4 @@
-"""An audit from end to end: prompts, pictures, measures, report. Resumable, and split among processes."""
+"""An audit from end to end: prompts, images, measures, report. Resumable, and split among processes."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def run(
     threshold: float = COPY,
     quiet: bool = False,
 ) -> Path:
-    """Audit a model: how much it memorizes, and what each policy does to that and to its pictures.
+    """Audit a model: measure its memorization, and the effect of each policy on that and on its images.
 
-    Run again with the same settings it goes on where it stopped; with further policies, seeds or prompts it makes what
-    is missing and nothing else. Under `accelerate launch` the pictures are split among the processes, and the first of
-    them measures and reports.
+    If run again with the same settings it continues where it stopped; with more policies, seeds or prompts it generates
+    only what is missing. Under `accelerate launch` the images are split among the processes, and the first of them
+    measures and reports.
 
     Args:
         out: the folder of `results.csv`, `report.html`, `grid.png`, `manifest.json` and `images/`.
@@ -65,22 +65,22 @@ def run(
         loras: `.safetensors` files, "FILE" or "FILE:weight".
         prompts: a .csv, .tsv, .jsonl or .txt file; see `read_prompts`.
         references: a folder or column of training images.
-        policies: presets, `Policy` objects, JSON files of them, "none" for the unpatched pipeline (always in), or
+        policies: presets, `Policy` objects, JSON files of them, "none" for the unpatched pipeline (always included), or
             alternatives: "random-tokens:4", "random-numbers:4", "late-guidance:0.5", "wen:3".
         limit: how many prompts, from the start.
-        protocol: "kim-no", or None for one picture of 20 steps; what follows replaces its parts.
+        protocol: "kim-no", or None for one image of 20 steps; the next arguments replace its parts.
         seeds, steps, guidance, scheduler, dtype, device, generator_device, batch: see `Protocol`.
-        sscd, sscd_size, clip, aesthetic, lpips: see `Weights`. What is not given is not measured, and named.
-        threshold: the similarity above which a picture counts as a copy.
-        quiet: no progress bars and no lines.
+        sscd, sscd_size, clip, aesthetic, lpips: see `Weights`. A metric without weights is skipped, with a note.
+        threshold: the similarity above which an image counts as a copy.
+        quiet: no progress bars and no printed notes.
 
     Returns:
         The path of `report.html`.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: prompts, weights or policies that are not there or not right, a model
-            that cannot be patched (with the reasons), or a folder with another audit.
-        OSError: the folder cannot be written; what was made stays.
+        FileNotFoundError, TypeError, ValueError: prompts, weights or policies that are missing or wrong, a model that
+            cannot be patched (with the reasons), or a folder with another audit.
+        OSError: the folder cannot be written; finished images stay.
     """
     out = Path(out)
     given = split(policies) if isinstance(policies, str) else policies
@@ -108,11 +108,11 @@ def run(
     wait(world)
     held = grown(out, asked)
     jobs = [Job(one, prompt, seed) for one in held.methods for prompt in held.prompts for seed in held.seeds]
-    # Which are left is looked up before any is made, so that all processes split the same list.
+    # The missing images are listed before any is generated, so that all processes split the same list.
     left = [job for job in jobs if not is_done(job.path(out))]
     wait(world)
     if mine := left[rank::world]:
-        with opened(source, made, rank) as pipe, _bar("pictures", len(mine), quiet or rank > 0) as bar:
+        with opened(source, made, rank) as pipe, _bar("images", len(mine), quiet or rank > 0) as bar:
             options = {"num_inference_steps": made.steps, "guidance_scale": made.guidance}
             generators = made.generators_of(pipe)
             make(pipe, mine, out, options, bar.update, batch=made.batch, generator_device=generators)
@@ -121,7 +121,7 @@ def run(
         return out / "report.html"
     broken: dict[str, str] = {}
     found = rows(out, held.prompts, held.methods, held.seeds, measures, broken, threshold)
-    table = write_csv(out, tqdm(found, total=len(jobs), desc="measures", unit="picture", disable=quiet))
+    table = write_csv(out, tqdm(found, total=len(jobs), desc="measures", unit="image", disable=quiet))
     notes = [f"not measured: {line}" for line in missing]
     notes += [f"{len(broken)} references are no images and were skipped: {', '.join(sorted(broken))}"] if broken else []
     for line in () if quiet else notes:
@@ -134,4 +134,4 @@ def _path(given: str | Path | None) -> Path | None:
 
 
 def _bar(what: str, count: int, quiet: bool) -> Any:
-    return tqdm(total=count, desc=what, unit="picture", disable=quiet)
+    return tqdm(total=count, desc=what, unit="image", disable=quiet)

@@ -11,13 +11,13 @@ from .. import patched, probe
 
 SWAPPED = "swap-pad"
 LOW_NOISE = -3
-"""Which of the schedule's times is the low-noise one, as in the code of Asthana & Belagiannis."""
+"""The index of the low-noise time in the schedule, as in the code of Asthana & Belagiannis."""
 ANGLE_WEIGHT = {"epsilon": 2.0, "v_prediction": 0.1}
-"""Theirs for Stable Diffusion 1.4 and 2."""
+"""The weights of Asthana & Belagiannis for Stable Diffusion 1.4 and 2."""
 
 
 class _Reached(Exception):
-    """The UNet is about to be called; carries what with."""
+    """The UNet is about to be called; carries its arguments."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Passes:
     """The first step of some prompts, all from the noise of one seed, up to the UNet.
 
     Args:
-        pipe: unpatched, with a scheduler that leaves pure noise as it is (DDIM).
+        pipe: unpatched, with a scheduler that does not change pure noise (DDIM).
         texts: the prompts.
         generators: one for each, of the same seed.
         steps: of the schedule.
@@ -52,13 +52,13 @@ class Passes:
         return self._swapped
 
     def unconditional(self, place: int) -> torch.Tensor:
-        """The prediction for the negative prompt at that place of the schedule, `[1, C, H, W]`: all share one."""
+        """The prediction for the shared negative prompt at that place of the schedule, `[1, C, H, W]`."""
         if place not in self._unconditional:
             self._unconditional[place] = self._predicted(self._inputs, slice(0, 1), place)
         return self._unconditional[place]
 
     def conditional(self, place: int, *, swapped: bool = False) -> torch.Tensor:
-        """The predictions for the prompts, `[B, C, H, W]`."""
+        """The predictions for the prompts at that place, `[B, C, H, W]`."""
         inputs = self.swapped if swapped else self._inputs
         return self._predicted(inputs, slice(len(self.texts), None), place)
 
@@ -113,8 +113,8 @@ def angle(passes: Passes) -> torch.Tensor:
 
 
 def pads(passes: Passes) -> torch.Tensor:
-    """How far the first prediction moves when the pads are re-embedded as "!": what Kim & No found to carry memorized
-    images, seen before one is made. Ours, not published as a score.
+    """The distance that the first prediction moves when the pads are re-embedded as "!": Kim & No found that pads carry
+    memorized images; the score sees this before an image is generated. Ours, not published as a score.
     """
     return _norm(passes.conditional(0) - passes.conditional(0, swapped=True))
 
@@ -131,7 +131,7 @@ def entropy(passes: Passes) -> torch.Tensor:
 
 
 SCORES: dict[str, Callable[[Passes], torch.Tensor]] = {"pads": pads, "angle": angle, "noise": noise, "entropy": entropy}
-"""Name → score `[B]` of the prompts; high stands for memorized."""
+"""Name → score `[B]` of the prompts; a high score means memorized."""
 DEFAULT_SCORES = ("pads", "angle", "noise")
 
 

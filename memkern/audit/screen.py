@@ -1,4 +1,4 @@
-"""`memkern screen`: which prompts of a list a model memorized, by scores that need no image."""
+"""`memkern screen`: the prompts of a list that a model memorized, by scores that need no image."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ BATCH, STEPS, SCHEDULER = 8, 50, "DDIM"
 
 @dataclass(frozen=True)
 class Screened:
-    """What a screen found.
+    """The result of a screen.
 
     Attributes:
         rows: "prompt_id", "prompt", "label" and the scores, means over seeds; the highest of the first score first.
-        curves: score → its curve, where there are labels of both kinds.
+        curves: score → its curve, if there are labels of both kinds.
         path: of `screen.csv`.
     """
 
@@ -44,12 +44,12 @@ class Screened:
         lines = [f"{'  '.join(f'{row[name]:8.3f}' for name in _names(row))}  {row['prompt']}" for row in self.rows[:20]]
         head = ["  ".join(f"{name:>8}" for name in _names(self.rows[0])) + "  prompt"] if self.rows else []
         more = [f"… {len(self.rows) - 20} more in {self.path}"] if len(self.rows) > 20 else []
-        told = [
+        quality = [
             f"{name}: AUC {roc.auc:.3f}, {100 * roc.true_at_few_false:.0f} % found at 1 % false alarms "
             f"({roc.positives} memorized, {roc.negatives} others)"
             for name, roc in self.curves.items()
         ]
-        return "\n".join([*head, *lines, *more, *told])
+        return "\n".join([*head, *lines, *more, *quality])
 
 
 def screen(
@@ -68,9 +68,9 @@ def screen(
     generator_device: str | None = None,
     quiet: bool = False,
 ) -> Screened | None:
-    """Score prompts by how likely the model memorized them; no image is made, and nothing is kept from anyone.
+    """Score prompts by how likely the model memorized them; no image is generated, and no prompt is blocked.
 
-    Run again it goes on where it stopped, and takes further prompts and seeds; under `accelerate launch` the prompts
+    If run again it continues where it stopped, and takes more prompts and seeds; under `accelerate launch` the prompts
     are split among the processes.
 
     Args:
@@ -84,11 +84,11 @@ def screen(
         quiet: no progress bar.
 
     Returns:
-        What was found; None in a process that is not the first.
+        The result; None in a process that is not the first.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `run`.
-        OSError: the folder cannot be written; what was scored stays.
+        OSError: the folder cannot be written; finished scores stay.
     """
     out = Path(out)
     unknown = [name for name in scores if name not in SCORES]
@@ -140,7 +140,7 @@ def _scored(
 
 
 def _append(out: Path, rank: int, seed: int, prompts: Sequence[Prompt], found: Sequence[dict[str, float]]) -> None:
-    """A line for each; a file for each process, which is killed between lines or leaves half of one."""
+    """Append a line per prompt to this process's file; a killed process leaves whole lines, or half of the last one."""
     path = out / "scores" / f"{rank}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [

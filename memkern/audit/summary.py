@@ -18,20 +18,20 @@ from .results import COPY, KEY, SIMILARITIES
 RESAMPLES = 2000
 
 NAMES = {
-    "sscd_to_unmitigated": "SSCD to the unmitigated picture",
+    "sscd_to_unmitigated": "SSCD to the unmitigated image",
     "sscd_to_reference": "SSCD to the training image",
-    "pixels_to_unmitigated": "pixel correlation with the unmitigated picture",
+    "pixels_to_unmitigated": "pixel correlation with the unmitigated image",
     "pixels_to_reference": "pixel correlation with the training image",
-    "kept": "ordinary prompts: similarity to the unmitigated picture",
+    "kept": "ordinary prompts: similarity to the unmitigated image",
     "clip_score": "CLIP score",
     "clip_score_changed": "CLIP score of the changed text",
     "aesthetic": "aesthetic score",
     "lpips_diversity": "LPIPS between seeds",
     "noise_magnitude": "text-conditional noise (Wen et al.)",
-    "seconds": "seconds a picture",
+    "seconds": "seconds per image",
     "peak_mib": "peak memory, MiB",
 }
-"""Measure → what it is, in the order of the tables."""
+"""Measure → its description, in the order of the tables."""
 
 Table = Sequence[dict[str, Any]]
 
@@ -43,8 +43,8 @@ class Summary:
     Attributes:
         mean: over prompts, of the mean over seeds.
         low, high: its 95 % interval, by a bootstrap over prompts.
-        above: the share of pictures above the threshold.
-        count: how many pictures had a value.
+        above: the share of images above the threshold.
+        count: how many images had a value.
     """
 
     mean: float
@@ -55,7 +55,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[Sequence[float]], threshold: float = COPY) -> Summary | None:
-        """Of values per prompt; None without any."""
+        """The summary of values per prompt; None without any."""
         kept = [np.asarray(row, np.float64) for row in values if len(row)]
         if not kept:
             return None
@@ -66,7 +66,7 @@ class Summary:
 
 
 def interval(means: NDArray[np.float64]) -> tuple[float, float]:
-    """The 95 % interval of the mean of `[prompts]`, by a bootstrap over prompts with a seed of its own."""
+    """The 95 % interval of the mean of `[prompts]`, by a bootstrap over prompts with a fixed seed."""
     picks = np.random.default_rng(0).integers(len(means), size=(RESAMPLES, len(means)))
     low, high = np.quantile(means[picks].mean(1), (0.025, 0.975))
     return float(low), float(high)
@@ -90,7 +90,7 @@ class Difference:
 
     Attributes:
         mean: over the prompts that both have, of the difference of the means over seeds.
-        low, high: its 95 % interval, by a bootstrap over prompts; without 0 the two differ.
+        low, high: its 95 % interval, by a bootstrap over prompts; if 0 is outside, the two differ.
         count: how many prompts.
     """
 
@@ -101,7 +101,7 @@ class Difference:
 
 
 def paired(table: Table) -> dict[tuple[str, str], dict[str, Difference]]:
-    """(method, method) → measure → their difference, a pair once, in the order of the methods."""
+    """(method, method) → measure → their difference, each pair once, in the order of the methods."""
     per_prompt = _per_prompt(table)
     found: dict[tuple[str, str], dict[str, Difference]] = {}
     for first, second in combinations(per_prompt, 2):
@@ -136,7 +136,7 @@ def _per_prompt(table: Table) -> dict[str, dict[str, dict[str, list[float]]]]:
 
 
 def write_summary(out: Path, table: Table, threshold: float) -> None:
-    """Write `summary.json`, `summary.md` and `summary.tex`; without times, which no two runs have in common."""
+    """Write `summary.json`, `summary.md` and `summary.tex`; without times, which differ between any two runs."""
     summaries = {
         method: {name: one for name, one in found.items() if name not in TIMES}
         for method, found in summarize(table, threshold).items()

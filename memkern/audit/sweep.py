@@ -1,4 +1,4 @@
-"""`memkern sweep`: which policy is best for a model, by successive halving over a grid."""
+"""`memkern sweep`: the best policy for a model, by successive halving over a grid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .summary import Summary, interval
 DEFAULT_PATTERNS = ("swap-pad", "swap-pad-zero-eot", "zero-pad:{0.6..1.0:0.05}")
 BATCH = 8
 RUNGS, LEAST = 3, 6
-"""How many rounds, and how many policies the last one has at least."""
+"""The number of rounds, and the least number of policies in the last one."""
 
 
 def sweep(
@@ -58,25 +58,25 @@ def sweep(
 ) -> Swept:
     """Find the policy with few copies and the least loss of fidelity, among a grid.
 
-    Each round measures the policies that are left on more prompts, and leaves the better half: those that no other
+    Each round measures the policies that are left on more prompts, and keeps the better half: those that no other
     beats in both similarity and loss come first. The last round has all prompts. Images stay in the folder, so that a
-    sweep goes on where it stopped, and a larger grid makes what is missing.
+    sweep continues where it stopped, and a larger grid generates only the missing ones.
 
     Args:
         out: the folder of `sweep.csv`, `sweep.json`, `sweep.md`, `front.png`, `best.json` and `images/`.
         model, config, loras, prompts, references, limit: see `run`. Prompts with a training image, or labelled as
-            memorized, tell copies; the others fidelity. There have to be both.
+            memorized, measure copies; the others measure fidelity. Both kinds are needed.
         policies, layers, steps: see `grid`.
-        seeds: of the sweep; check_seeds: of the check of the winner, which should be others.
+        seeds: of the sweep; check_seeds: of the check of the winner, which should be different ones.
         max_copies: the share of copies that the winner may have.
         inference_steps, guidance, scheduler, dtype, device, batch: see `Protocol`.
-        sscd, clip, threshold: see `run`; without SSCD pixels tell copies, and without CLIP ordinary images are
-            compared with the unpatched pipeline's. The embedded model has its own measures.
+        sscd, clip, threshold: see `run`; without SSCD copies are found by pixels, and without CLIP ordinary images
+            are compared with the unpatched pipeline's. The embedded model has its own measures.
         quiet: no progress bars.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `run`; or prompts of one kind only.
-        OSError: the folder cannot be written; what was made stays.
+        OSError: the folder cannot be written; finished images stay.
     """
     out = Path(out)
     embedded_model = model == EMBEDDED
@@ -103,9 +103,9 @@ def sweep(
     asked = Contents(of, [Method(UNMITIGATED), *(one for one, _ in candidates)], list(made.seeds), settings)
     write_manifest(out, grown(out, asked), judge.described)
     with opened(source, made) as pipe:
-        painter = _Painter(pipe, out, made, judge, quiet)
+        measurer = _Measurer(pipe, out, made, judge, quiet)
         for prompts_of_round, last in _rounds(of):
-            measured = painter.measured(candidates, prompts_of_round, made.seeds)
+            measured = measurer.measured(candidates, prompts_of_round, made.seeds)
             found = ordered(measured)
             if not last:
                 kept = {one.method.name for one in found[: max(LEAST, -(-len(found) // 2))]}
@@ -114,14 +114,14 @@ def sweep(
         checked = None
         if check_seeds:
             fresh = Protocol(seeds=tuple(check_seeds)).seeds
-            (checked,) = painter.measured([(winner.method, winner.policy)], of, fresh)
+            (checked,) = measurer.measured([(winner.method, winner.policy)], of, fresh)
     swept = Swept(found, winner, checked, out)
     write(swept)
     return swept
 
 
-class _Painter:
-    """Makes what is missing of some candidates, and measures."""
+class _Measurer:
+    """Generates the missing images of candidates, and measures them."""
 
     def __init__(self, pipe: Any, out: Path, made: Protocol, judge: Judge, quiet: bool) -> None:
         self.pipe, self.out, self.made, self.judge, self.quiet = pipe, out, made, judge, quiet
@@ -132,12 +132,12 @@ class _Painter:
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
     ) -> list[Candidate]:
-        """Each candidate against the unpatched pipeline on these prompts and seeds."""
+        """Each candidate, measured against the unpatched pipeline on these prompts and seeds."""
         methods = [Method(UNMITIGATED), *(one for one, _ in candidates)]
         jobs = [Job(one, prompt, seed) for one in methods for prompt in prompts for seed in seeds]
         left = [job for job in jobs if not is_done(job.path(self.out))]
         options = {"num_inference_steps": self.made.steps, "guidance_scale": self.made.guidance}
-        with tqdm(total=len(left), desc=f"{len(candidates)} policies", unit="picture", disable=self.quiet) as bar:
+        with tqdm(total=len(left), desc=f"{len(candidates)} policies", unit="image", disable=self.quiet) as bar:
             generators = self.made.generators_of(self.pipe)
             make(self.pipe, left, self.out, options, bar.update, batch=self.made.batch, generator_device=generators)
         values = {one.name: self._judged(one, prompts, seeds) for one in methods}
@@ -146,17 +146,17 @@ class _Painter:
     def _judged(
         self, one: Method, prompts: Sequence[Prompt], seeds: Sequence[int]
     ) -> dict[str, dict[str, list[float]]]:
-        """Measure → prompt → values over seeds; "copies" and "similarity" of memorized prompts, the rest of others."""
+        """Measure → prompt → values over seeds; "copies" and "similarity" if memorized, else the fidelity."""
         found: dict[str, dict[str, list[float]]] = {}
         for prompt in prompts:
-            pictures = [
+            pairs = [
                 (
                     read(Job(one, prompt, seed).path(self.out))[0],
                     read(Job(Method(UNMITIGATED), prompt, seed).path(self.out))[0],
                 )
                 for seed in seeds
             ]
-            for name, values in self.judge(prompt, pictures).items():
+            for name, values in self.judge(prompt, pairs).items():
                 found.setdefault(name, {})[prompt.id] = values
         return found
 
@@ -177,7 +177,7 @@ class _Painter:
 
 
 def _rounds(prompts: Sequence[Prompt]) -> list[tuple[list[Prompt], bool]]:
-    """Growing parts of the prompts, a like share of memorized and ordinary ones; the last has all."""
+    """Growing parts of the prompts, with equal shares of memorized and ordinary ones; the last has all."""
     kinds = [[p for p in prompts if is_memorized(p)], [p for p in prompts if not is_memorized(p)]]
     if not all(kinds):
         raise ValueError(
@@ -194,5 +194,5 @@ def _rounds(prompts: Sequence[Prompt]) -> list[tuple[list[Prompt], bool]]:
 
 
 def is_memorized(prompt: Prompt) -> bool:
-    """Whether images of the prompt are looked at for copies."""
+    """True if images of the prompt are checked for copies."""
     return prompt.reference is not None if prompt.label is None else prompt.label

@@ -14,11 +14,11 @@ def optimized(
 ) -> dict[str, torch.Tensor]:
     """A prompt's embedding, changed until the text-conditional noise of the first step is at most `target`.
 
-    At most ten steps of AdamW minimize ‖ε(x_T, c) - ε(x_T, ∅)‖₂ at the latents that the generation will begin with;
+    At most ten steps of AdamW minimize ‖ε(x_T, c) - ε(x_T, ∅)‖₂ at the latents that the generation starts from;
     SOT's gradient is 0, so that its row only decays.
 
     Args:
-        generator: of the generation. It is left as it is: a twin with its seed draws the latents.
+        generator: of the generation. Its state does not change: a twin with its seed draws the latents.
         options: of the pipeline; "num_inference_steps" sets the first time.
 
     Returns:
@@ -29,9 +29,7 @@ def optimized(
     """
     unet, scheduler = pipe.unet, pipe.scheduler
     if unet.config.addition_embed_type is not None:
-        raise ValueError(
-            f"wen: published for a UNet that takes a context alone; that of {type(pipe).__name__} does not"
-        )
+        raise ValueError(f"wen: published for a UNet that takes only a context; that of {type(pipe).__name__} does not")
     device = pipe._execution_device
     with torch.no_grad():
         positive, negative = pipe.encode_prompt(text, device, 1, True)[:2]

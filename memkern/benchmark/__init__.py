@@ -1,4 +1,4 @@
-"""`memkern bench`: what patching costs or saves on a user's own pipeline and machine."""
+"""`memkern bench`: the cost or gain of patching on a user's own pipeline and machine."""
 
 from .measured import Run, Timed
 from .results import Bench

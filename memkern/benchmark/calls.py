@@ -1,4 +1,4 @@
-"""What a pipeline hands to its UNet and to its `encode_prompt`, taken from a call of its own."""
+"""The arguments that a pipeline passes to its UNet and to its `encode_prompt`, taken from its own call."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _STEERED = ("down_block_additional_residuals", "mid_block_additional_residual", 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of one call, the very objects."""
+    """The arguments of one call, the same objects."""
 
     args: tuple[Any, ...]
     named: dict[str, Any]
 
     def sent(self, function: Callable[..., Any]) -> Any:
-        """What `function` makes of them."""
+        """The result of `function` called with them."""
         return function(*self.args, **self.named)
 
     @property
@@ -32,12 +32,12 @@ class Arguments:
 
     @property
     def context(self) -> torch.Tensor:
-        """What the UNet reads, `[B, L, D]`."""
+        """The context that the UNet reads, `[B, L, D]`."""
         found: torch.Tensor = self.named["encoder_hidden_states"]
         return found
 
     def cut(self, side: int) -> Arguments | None:
-        """Those of a UNet with the corner of `side` × `side` of their latents; None where something else, such as a
+        """The arguments of a UNet with the `side` × `side` corner of the latents; None if another argument, such as a
         ControlNet's output, has their size.
         """
         if any(self.named.get(name) is not None for name in _STEERED):
@@ -49,15 +49,15 @@ class Arguments:
 
 
 class _Reached(BaseException):
-    """The UNet is called, and what comes after that is not wanted."""
+    """The UNet is called, and the rest of the pipeline's call is not needed."""
 
 
 def first_step(pipe: Any, call: Callable[[], object]) -> Arguments:
-    """What a pipeline calls its UNet with for the first time; it gets no further.
+    """The arguments of a pipeline's first call of its UNet; the pipeline stops there.
 
     Args:
-        pipe: a pipeline that is not a user's.
-        call: calls it.
+        pipe: a pipeline that is not the user's.
+        call: a call of it.
 
     Raises:
         ValueError: it never called its UNet.
@@ -79,7 +79,7 @@ def first_step(pipe: Any, call: Callable[[], object]) -> Arguments:
 
 
 def first_encoding(pipe: Any, call: Callable[[], object]) -> Arguments:
-    """What a pipeline calls its `encode_prompt` with; otherwise as `first_step`."""
+    """The arguments of a pipeline's call of its `encode_prompt`; otherwise as `first_step`."""
     name, found = outputs.method(pipe), []
     encode, own = getattr(pipe, name), vars(pipe).get(name)
 

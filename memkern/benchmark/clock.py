@@ -14,14 +14,14 @@ _LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 class Taken(NamedTuple):
-    """Milliseconds of one call: until it was computed, and until the host was done with it."""
+    """Milliseconds of one call: until the result was computed, and until the call returned on the host."""
 
     total: float
     host: float
 
 
 def timed(function: Callable[[], object], device: torch.device) -> Taken:
-    """The time of a call on an idle device; on a CPU the two are the same."""
+    """The time of a call on an idle device; on a CPU the two times are the same."""
     _wait(device)
     start = time.perf_counter()
     function()
@@ -31,7 +31,7 @@ def timed(function: Callable[[], object], device: torch.device) -> Taken:
 
 
 def peak(function: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes of tensors that a call held at the most, beyond what there was before; None where torch cannot tell."""
+    """The most bytes of tensors that a call held, beyond those held before; None if torch cannot tell."""
     if device.type == "cpu":
         return _peak_on_cpu(function)
     if device.type != "cuda":
@@ -50,7 +50,7 @@ def _peak_on_cpu(function: Callable[[], object]) -> int | None:
             function()
     except RuntimeError as error:
         if "profiler" in str(error).lower():
-            # Another one is at work in this process.
+            # Another profiler runs in this process.
             return None
         raise
     recorded: Any = profile.kineto_results
@@ -64,7 +64,7 @@ def _peak_on_cpu(function: Callable[[], object]) -> int | None:
 
 @contextmanager
 def _profiler_hushed() -> Iterator[None]:
-    """torch's profiler reads how much it is to say from the environment when it is first used."""
+    """Silence torch's profiler, which reads its log level from the environment at its first use."""
     former = os.environ.get(_LOG_LEVEL)
     os.environ.setdefault(_LOG_LEVEL, "99")
     try:

@@ -1,4 +1,4 @@
-"""The arguments of `memkern.bench`, checked, and what is written down of a pipeline and its device."""
+"""The checks of the arguments of `memkern.bench`, and the description of a pipeline and its device."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .calls import Arguments
 
 LEAST_ROUNDS = 3
 STEPS = 20
-"""Of the schedule whose first step is measured."""
+"""The steps of the schedule whose first step is measured."""
 
 
 def checked_pipeline(pipe: Any) -> Any:
-    """Its UNet.
+    """The pipeline's UNet.
 
     Raises:
-        TypeError, ValueError: it is no pipeline, it cannot be patched, or it has no UNet.
+        TypeError, ValueError: `pipe` is no pipeline, cannot be patched, or has no UNet.
     """
     refusals.require(pipe)
     unet = unwrapped(getattr(pipe, "unet", None))
@@ -43,7 +43,7 @@ def checked_policies(policies: Sequence[Policy | str]) -> list[Policy]:
     """The policies, each once.
 
     Raises:
-        TypeError, ValueError: none, or one that there is not.
+        TypeError, ValueError: there is none, or one is unknown.
     """
     if isinstance(policies, (str, Policy)):
         policies = [policies]
@@ -57,10 +57,10 @@ def checked_policies(policies: Sequence[Policy | str]) -> list[Policy]:
 def checked_inputs(
     pipe: Any, *, batch: int, size: Sequence[int] | None, prompt: str, inputs: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What the pipeline is called with.
+    """The arguments of the pipeline's call.
 
     Raises:
-        TypeError, ValueError: a value that cannot be, or that this pipeline does not take.
+        TypeError, ValueError: a value that is not valid, or that this pipeline does not take.
     """
     whole("batch", batch, 1)
     if not isinstance(prompt, str):
@@ -78,7 +78,7 @@ def checked_inputs(
         if name not in takes:
             raise ValueError(f"inputs: {type(pipe).__name__} takes no {name!r}")
         if name in ("prompt", "height", "width"):
-            raise ValueError(f"inputs: {name!r} is an argument of its own: {'prompt' if name == 'prompt' else 'size'}")
+            raise ValueError(f"inputs: {name!r} is a separate argument: {'prompt' if name == 'prompt' else 'size'}")
     return given | (inputs or {})
 
 
@@ -93,7 +93,7 @@ def _size(pipe: Any, size: Sequence[int]) -> tuple[int, int]:
 
 
 def described(pipe: Any, step: Arguments) -> dict[str, Any]:
-    """A pipeline, the call that was measured of it, and its device, without paths of this machine."""
+    """The description of a pipeline, its measured call, and its device, without paths of this machine."""
     unet = unwrapped(pipe.unet)
     origin = str(pipe.config.get("_name_or_path") or "memory")
     return {

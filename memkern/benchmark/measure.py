@@ -15,16 +15,16 @@ from .subject import Step, Subject
 from .turns import in_turn
 
 WARM_UP = 3
-"""Rounds that do not count: a context is seen, seen again and made ready, and used."""
+"""Rounds that do not count: a context is seen, then seen again and prepared, then used."""
 
 
 class Plan(NamedTuple):
-    """How to measure.
+    """The settings of the measurements.
 
     Attributes:
         inputs: of the pipeline's calls.
         rounds: how often each call is timed.
-        device: where it runs.
+        device: the device of the UNet.
         done: called after each call.
     """
 
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     done: Callable[[], object]
 
     def times(self, calls: Sequence[Step]) -> list[list[Taken]]:
-        """Those of each call, a value a round."""
+        """The times of each call, a value per round."""
         measures = [functools.partial(timed, call, self.device) for call in calls]
         return in_turn(measures, self.rounds, warm_up=WARM_UP, done=self.done)
 
@@ -48,11 +48,11 @@ def encodings(subjects: Sequence[Subject], plan: Plan) -> list[Timed]:
 def runs(
     subjects: Sequence[Subject], plan: Plan, *, compiled: bool = False, encoded: Sequence[Timed] | None = None
 ) -> list[Run]:
-    """What each subject's step of the UNet takes.
+    """The time and memory of each subject's step of the UNet.
 
     Args:
-        compiled: whether UNets are compiled.
-        encoded: the times of each one's `encode_prompt`, to be put beside.
+        compiled: True if UNets are compiled.
+        encoded: the times of each one's `encode_prompt`, to add to its run.
     """
     with ExitStack() as stack:
         asked = [stack.enter_context(subject.asked(plan.inputs, compiled=compiled)) for subject in subjects]
@@ -64,7 +64,7 @@ def runs(
         if plan.device.type != "cpu":
             hosts = _compared(taken, "host")
         elif not compiled:
-            # Another size would be compiled anew.
+            # Another size would be compiled again.
             small = [one.small(smallest(subject.pipe)) for one, subject in zip(asked, subjects, strict=True)]
             calls = [call for call in small if call is not None]
             hosts = _compared(plan.times(calls)) if len(calls) == len(small) else hosts
@@ -76,7 +76,7 @@ def runs(
 
 
 def smallest(pipe: Any) -> int:
-    """The side of the smallest latents that the UNet takes: one value is left where it is deepest."""
+    """The side of the smallest latents that the UNet takes: one value is left at its deepest level."""
     return int(2 ** (len(pipe.unet.config.block_out_channels) - 1))
 
 

@@ -1,4 +1,4 @@
-"""What was measured of a pipeline: times with their ratios, memory, and what layers do."""
+"""The measurements of a pipeline: times with their ratios, memory, and the choices of layers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from .turns import Spread
 
 MEASURES = {
-    "step": "one call of the UNet as the pipeline makes it in a denoising step, with classifier-free guidance where it "
+    "step": "one call of the UNet as the pipeline makes it in a denoising step, with classifier-free guidance if it "
     "has that; the same latents and context each time, after the calls in which kept tensors are made",
     "encode": "one call of encode_prompt, with the arguments that the pipeline gives it",
-    "host": "on a GPU: until a step's call returns, the GPU being idle when it is made; on a CPU: the step with "
+    "host": "on a GPU: until a step's call returns, with the GPU idle before it; on a CPU: the step with "
     "latents cut to the smallest that the UNet takes, which leaves Python, dispatch and the reading of weights",
-    "peak": "bytes of tensors that one step holds at the most, beyond weights and what is kept",
-    "kept": "bytes that are kept of the context from step to step",
-    "ratio": "of the time to the unpatched pipeline's in the same round; median and quartiles over rounds",
+    "peak": "the most bytes of tensors that one step holds, beyond weights and kept tensors",
+    "kept": "bytes of the tensors that are kept of the context from step to step",
+    "ratio": "the time divided by the unpatched pipeline's in the same round; median and quartiles over rounds",
 }
-"""Measure → what it is."""
+"""Measure → its description."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Timed:
     """The times of one call.
 
     Attributes:
-        rounds: milliseconds, a value a round.
-        unpatched: the unpatched pipeline's in the same rounds; None for its own.
+        rounds: milliseconds, a value per round.
+        unpatched: the unpatched pipeline's times in the same rounds; None for its own.
     """
 
     rounds: tuple[float, ...]
@@ -45,7 +45,7 @@ class Timed:
         return Spread.of([own / other for own, other in zip(self.rounds, self.unpatched, strict=True)])
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it: "rounds_ms", and the quartiles "ms" and "ratio"."""
+        """The JSON form: "rounds_ms", and the quartiles "ms" and "ratio"."""
         ratio = self.ratio
         return {
             "ms": self.spread._asdict(),
@@ -56,16 +56,16 @@ class Timed:
 
 @dataclass(frozen=True)
 class Run:
-    """What was measured of one way to run the pipeline.
+    """The measurements of one way to run the pipeline.
 
     Attributes:
         policy: the policy's name; None for the unpatched pipeline.
-        compiled: whether its UNet was compiled by torch.
-        step, encode, host: see `MEASURES`; None where it was not measured: a compiled UNet shares its `encode_prompt`
+        compiled: True if its UNet was compiled by torch.
+        step, encode, host: see `MEASURES`; None if not measured: a compiled UNet shares its `encode_prompt`
             with an eager one, and has no host time on a CPU.
-        peak: bytes; None where torch cannot tell.
+        peak: bytes; None if torch cannot tell.
         kept: bytes.
-        layers: layer → what it does with the context ("choice", in words), and what that was chosen by.
+        layers: layer → its choice for the context ("choice", in words), and the data it was chosen by.
     """
 
     policy: str | None
@@ -79,11 +79,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """The name in tables."""
         return f"{self.policy or 'unpatched'}{', compiled' if self.compiled else ''}"
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The JSON form."""
         times = {name: getattr(self, name) for name in ("step", "encode", "host")}
         return {
             "policy": self.policy,

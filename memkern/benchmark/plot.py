@@ -1,4 +1,4 @@
-"""The ratios of a benchmark as a picture."""
+"""The ratios of a benchmark as an image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .measured import Run
 
-NO_PLOT = "no plot: that needs matplotlib, pip install memkern[plot]"
+NO_PLOT = "no plot: it needs matplotlib, pip install memkern[plot]"
 
 _PANELS = {"step": "UNet step", "encode": "encode_prompt", "host": "host"}
 

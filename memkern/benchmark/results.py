@@ -1,4 +1,4 @@
-"""What a benchmark of a pipeline found: a value to print, and its files."""
+"""The result of a benchmark of a pipeline: a value to print, and its files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .plot import NO_PLOT, plot
 from .tables import described, layers, table
 
 VERSION = 1
-"""Of the JSON document."""
+"""The version of the JSON document."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What `memkern.bench` found; printed, it is the table.
+    """The result of `memkern.bench`; it prints as the table.
 
     Attributes:
-        settings: what was measured, of which pipeline, on which device.
-        versions: of memkern and what it runs on, and its backends: see `memkern.info`.
+        settings: of the measurement, the pipeline and the device.
+        versions: of memkern and the packages it runs on, and its backends: see `memkern.info`.
         runs: the unpatched pipeline first, then each policy; the compiled ones after the eager ones.
-        notes: what else a reader should know.
-        files: where it was written.
+        notes: further remarks for the reader.
+        files: the paths of the written files.
     """
 
     settings: dict[str, Any]
@@ -34,7 +34,7 @@ class Bench:
     files: tuple[Path, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """All of it, as `bench.json` has it."""
+        """The whole result, as `bench.json` has it."""
         return {
             "memkern_bench": VERSION,
             "settings": self.settings,
@@ -45,24 +45,23 @@ class Bench:
         }
 
     def written(self, out: str | Path) -> Bench:
-        """Write `bench.json`, `bench.md` and, where there is matplotlib (`memkern[plot]`), `bench.png`; itself with
-        their paths.
+        """Write `bench.json`, `bench.md` and, with matplotlib (`memkern[plot]`), `bench.png`; the result with paths.
 
         Raises:
             OSError: the folder cannot be written.
         """
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        picture = plot(self.runs, out / "bench.png")
+        image = plot(self.runs, out / "bench.png")
         (out / "bench.json").write_text(json.dumps(self.document(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (out / "bench.md").write_text(self.report(picture), encoding="utf-8")
-        return replace(self, files=(out / "bench.md", out / "bench.json", *([] if picture is None else [picture])))
+        (out / "bench.md").write_text(self.report(image), encoding="utf-8")
+        return replace(self, files=(out / "bench.md", out / "bench.json", *([] if image is None else [image])))
 
     def report(self, picture: Path | None = None) -> str:
-        """The page of it, in Markdown.
+        """The page of the result, in Markdown.
 
         Args:
-            picture: the plot beside it, if there is one.
+            picture: the path of the plot, if there is one.
         """
         machine = {**self.versions["versions"], "build": self.versions["build"]}
         machine |= {f"backend {name}": state for name, state in self.versions["backends"].items()}
@@ -70,10 +69,10 @@ class Bench:
         parts = {
             "# memkern bench": table(self.runs),
             "": NO_PLOT if picture is None else f"![ratios]({picture.name})",
-            "## What was measured": described(self.settings),
+            "## Settings": described(self.settings),
             "## Layers": layers(self.runs),
             "## Installation": described(machine),
-            "## What the columns are": "\n".join(f"- **{name}**: {text}." for name, text in MEASURES.items()),
+            "## Columns": "\n".join(f"- **{name}**: {text}." for name, text in MEASURES.items()),
             "## Notes": "\n".join(f"- {note}" for note in self.notes),
         }
         return "\n\n".join(f"{title}\n\n{text}".strip() for title, text in parts.items() if text) + "\n"

@@ -41,19 +41,18 @@ def bench(
 ) -> Bench:
     """Measure a pipeline unpatched and under each policy: a step of its UNet, `encode_prompt`, host time, memory.
 
-    Copies of the pipeline around the same weights are measured in turn, each in a request of its own that has come to
-    its first step. The pipeline itself is not called and does not change, patched or not; nor do torch's random
-    generators.
+    Copies of the pipeline with the same weights are measured in turn, each at the first step of its own request. The
+    pipeline itself is not called and does not change, patched or not; nor do torch's random generators.
 
     Args:
         pipe: a pipeline with a UNet that `memkern.patch` can patch.
-        policies: as those of `patch`; "none" accelerates and edits nothing.
-        compile: whether UNets compiled by `torch.compile` are measured too; those of a compiled pipeline are anyway.
+        policies: as in `patch`; "none" accelerates and edits nothing.
+        compile: True to measure UNets compiled by `torch.compile` too; those of a compiled pipeline always are.
         rounds: how often each call is timed, at least 3.
         batch: how many images are generated at once.
         size: height and width of the image, in pixels; None is the pipeline's own.
-        prompt: of every image; its length says how many keys are left.
-        inputs: what else the pipeline is called with, such as `{"image": image}`.
+        prompt: of every image; its length decides how many keys are left.
+        inputs: further arguments of the pipeline, such as `{"image": image}`.
         out: a folder for `bench.json`, `bench.md` and `bench.png`; None writes nothing.
         quiet: no progress bar.
 
@@ -61,14 +60,14 @@ def bench(
         A `Bench`, to print.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be, or a pipeline that cannot be patched or has no UNet.
+        TypeError, ValueError: an argument that is not valid, or a pipeline that cannot be patched or has no UNet.
         OSError: the folder cannot be written.
     """
     unet, chosen = checked_pipeline(pipe), checked_policies(policies)
     whole("rounds", rounds, LEAST_ROUNDS)
     given = checked_inputs(pipe, batch=batch, size=size, prompt=prompt, inputs=inputs)
     if out is not None:
-        # Before minutes of measuring, not after.
+        # A folder that cannot be made should fail before the measurement, not after it.
         Path(out).mkdir(parents=True, exist_ok=True)
     notes, modes = [], [False]
     if compile or is_compiled(pipe.unet):
@@ -109,7 +108,7 @@ def bench(
 
 @contextmanager
 def _room_to_compile(count: int) -> Iterator[None]:
-    """As many copies of a UNet may be compiled, each in a graph of its own."""
+    """Let torch compile `count` copies of a UNet, each as its own graph."""
     import torch._dynamo
 
     config = torch._dynamo.config

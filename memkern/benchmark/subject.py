@@ -22,11 +22,11 @@ Step = Callable[[], object]
 
 
 class Asked(NamedTuple):
-    """A request that has come to its first step.
+    """A request that is at its first step.
 
     Attributes:
         step: a call of the UNet as the pipeline makes it, with the same objects each time.
-        small: given a side, the same with its latents cut to that; None where they cannot be.
+        small: for a side, the same call with its latents cut to that; None if they cannot be cut.
     """
 
     step: Step
@@ -43,7 +43,7 @@ class Subject:
     Attributes:
         pipe: the twin.
         session: its last request; None without a policy, or before the first.
-        given: what its UNet was called with in that; None before the first.
+        given: its UNet's arguments in that request; None before the first.
     """
 
     def __init__(self, pipe: Any, policy: Policy | None) -> None:
@@ -54,7 +54,7 @@ class Subject:
         self._patch = None if policy is None else patch(self.pipe, policy)
 
     def encoding(self, inputs: dict[str, Any]) -> Arguments:
-        """What the pipeline calls its `encode_prompt` with; of an unpatched one.
+        """The arguments of the pipeline's call of its `encode_prompt`; for an unpatched twin.
 
         Raises:
             ValueError: the pipeline cannot be called with `inputs`.
@@ -67,16 +67,16 @@ class Subject:
             ) from error
 
     def encoder(self, given: Arguments) -> Step:
-        """A call of its `encode_prompt`."""
+        """A call of the twin's `encode_prompt`."""
         return functools.partial(given.sent, getattr(self.pipe, outputs.method(self.pipe)))
 
     @contextmanager
     def asked(self, inputs: dict[str, Any], *, compiled: bool = False) -> Iterator[Asked]:
-        """A request of it, for the length of a `with` block.
+        """A request of the twin, for the length of a `with` block.
 
         Args:
             inputs: of the pipeline's call.
-            compiled: whether its UNet is compiled by torch.
+            compiled: True to compile its UNet by torch.
         """
         # Requests of subjects that take turns do not see each other.
         context = contextvars.copy_context()
@@ -100,23 +100,23 @@ class Subject:
                 context.run(manager.__exit__, None, None, None)
 
     def _call(self, inputs: dict[str, Any]) -> Step:
-        """A call of the twin, which draws the same numbers each time."""
+        """A call of the twin that draws the same random numbers each time."""
         drawn = {name: _cloned(value) for name, value in inputs.items()}
         return functools.partial(self._base.__call__, self.pipe, **drawn)
 
     def close(self) -> None:
-        """Take the policy out of the twin."""
+        """Remove the policy from the twin."""
         if self._patch is not None:
             self._patch.remove()
 
     @property
     def kept(self) -> int:
-        """Bytes that its last request has kept of contexts."""
+        """Bytes of the tensors that its last request keeps of contexts."""
         return 0 if self.session is None else self.session.size
 
     @property
     def layers(self) -> dict[str, dict[str, Any]]:
-        """Layer → what it did in the last request: "choice" in words, and what that was chosen by."""
+        """Layer → its choice in the last request: "choice" in words, and the data it was chosen by."""
         if self.session is None:
             return {}
         shared = {name: {"choice": text} for name, text in self.session.shared.items()}
@@ -127,7 +127,7 @@ class Subject:
 
 
 def _cloned(value: Any) -> Any:
-    """A generator in the state that `value` is in, or a list of them; anything else as it is."""
+    """A copy of a generator in its present state, or a list of copies; any other value unchanged."""
     if isinstance(value, torch.Generator):
         return value.clone_state()
     return [_cloned(one) for one in value] if isinstance(value, list) else value

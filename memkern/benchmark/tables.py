@@ -1,4 +1,4 @@
-"""What was measured, in Markdown."""
+"""The measurements as Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A row per run; medians, with quartiles in brackets."""
+    """A table with a row per run; medians, with quartiles in brackets."""
     columns: dict[str, Callable[[Run], str]] = {
         "pipeline": lambda run: _safe(run.name),
         "UNet step, ms": lambda run: _time(run.step),
@@ -30,7 +30,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def layers(runs: Sequence[Run]) -> str:
-    """What each layer does with the context, a row for those that do the same for the same reasons; "" without any."""
+    """A table of the layers' choices for the context, a row for equal choices with equal reasons; "" without any."""
     lines = []
     for run in runs:
         alike: dict[str, list[str]] = {}
@@ -39,20 +39,20 @@ def layers(runs: Sequence[Run]) -> str:
         for choice, (first, *others) in alike.items():
             names = f"{first}{f' and {len(others)} more' if others else ''}"
             lines.append(f"| {_safe(run.name)} | {names} | {_safe(choice)} |")
-    return "\n".join(["| pipeline | layers | what they do |", "| --- | --- | --- |", *lines, ""]) if lines else ""
+    return "\n".join(["| pipeline | layers | choice |", "| --- | --- | --- |", *lines, ""]) if lines else ""
 
 
 def described(values: Mapping[str, Any]) -> str:
-    """A row per value."""
-    lines = [f"| {name} | {_safe(_told(value))} |" for name, value in values.items()]
+    """A table with a row per value."""
+    lines = [f"| {name} | {_safe(_shown(value))} |" for name, value in values.items()]
     return "\n".join(["| | |", "| --- | --- |", *lines, ""])
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_told(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
     if isinstance(value, (list, tuple)):
-        return " × ".join(map(_told, value)) if all(isinstance(one, int) for one in value) else ", ".join(value)
+        return " × ".join(map(_shown, value)) if all(isinstance(one, int) for one in value) else ", ".join(value)
     return "the pipeline's" if value is None else str(value)
 
 
@@ -66,7 +66,7 @@ def _ratio(timed: Timed | None) -> str:
 
 
 def _digits(value: float) -> int:
-    """Decimals that leave three digits or more."""
+    """The number of decimals that gives three digits or more."""
     return 0 if value >= 1000 else 1 if value >= 100 else 2
 
 

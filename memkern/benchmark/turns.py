@@ -1,4 +1,4 @@
-"""Things measured in turn, so that a drifting machine does not favour one of them."""
+"""Measurements in turn, so that a drifting machine does not favour one of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Taken = TypeVar("Taken")
 
 
 class Spread(NamedTuple):
-    """The quartiles of what was measured."""
+    """The quartiles of measured values."""
 
     low: float
     median: float
@@ -18,7 +18,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least two values."""
+        """The quartiles of at least two values."""
         return cls(*statistics.quantiles(values, n=4))
 
 
@@ -29,16 +29,16 @@ def in_turn(
     warm_up: int = 0,
     done: Callable[[], object] = lambda: None,
 ) -> list[list[Taken]]:
-    """Call each once a round, every other round the last one first.
+    """Call each measure once per round, in reverse order every other round.
 
     Args:
-        measures: what to call; each returns what it measured.
-        rounds: how many count.
-        warm_up: rounds before those, which do not.
+        measures: the functions to call; each returns its measurement.
+        rounds: the rounds that count.
+        warm_up: the rounds before those, which do not count.
         done: called after each call.
 
     Returns:
-        What each returned, a value a round.
+        The measurements of each, a value per round.
     """
     found: list[list[Taken]] = [[] for _ in measures]
     places = range(len(measures))

@@ -1,4 +1,4 @@
-"""A second pipeline around the same weights, to patch and to measure in place of the user's own."""
+"""A second pipeline with the same weights, to patch and to measure in place of the user's own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def twin(pipe: Any) -> Any:
-    """A pipeline with modules of its own around the very parameters and buffers of `pipe`, and nothing of memkern.
+    """A pipeline with its own modules around the same parameters and buffers as `pipe`, and nothing of memkern.
 
-    Adapters, hooks and processors of others are copied, the scheduler too; compiled modules become eager ones. Whatever
-    is patched or called there, `pipe` does not change.
+    Adapters, hooks and processors of others are copied, and the scheduler too; compiled modules become eager ones.
+    Patches and calls of the twin do not change `pipe`.
 
     Raises:
-        ValueError: its modules are offloaded, or its `encode_prompt` is a function that belongs to `pipe` alone.
+        ValueError: its modules are offloaded, or its `encode_prompt` is a function that belongs to `pipe` only.
     """
     family = family_of(pipe)
     made: Any = object.__new__(type(pipe) if family is None else family.base)
@@ -32,14 +32,14 @@ def twin(pipe: Any) -> Any:
     own = parts.pop(name, None if family is None else family.own)
     if own is not None:
         if getattr(own, "__self__", None) is not pipe:
-            raise ValueError(f"pipe: its {name} was replaced by {own!r}, which a copy cannot have; take that out first")
+            raise ValueError(f"pipe: its {name} was replaced by {own!r}, which a copy cannot have; remove it first")
         parts[name] = types.MethodType(own.__func__, made)
     modules = {part: unwrapped(module) for part, module in parts.items() if isinstance(module, torch.nn.Module)}
     shared: dict[int, Any] = {}
     for part, module in modules.items():
         if _is_offloaded(module):
             raise ValueError(
-                f"pipe: its {part} is offloaded, and a step would be timed with the moving of weights; load the "
+                f"pipe: its {part} is offloaded, so the time of a step would include moving weights; load the "
                 "pipeline without offloading"
             )
         shared |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
@@ -55,13 +55,13 @@ def twin(pipe: Any) -> Any:
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether a module, or a part of it, is compiled."""
+    """True if a module, or a part of it, is compiled."""
     inner = unwrapped(module)
     return inner is not module or any(part._compiled_call_impl is not None for part in inner.modules())
 
 
 def _hooks_of_ours(module: torch.nn.Module) -> Iterator[tuple[str, str, int, Any]]:
-    """memkern's hooks in there: the name of the part, the attribute and the key that each is found by, the hook."""
+    """memkern's hooks in a module: for each the name of its part, its attribute, its key, and the hook."""
     for name, part in module.named_modules():
         for hooks in _HOOKS:
             for key, hook in getattr(part, hooks).items():
@@ -70,7 +70,7 @@ def _hooks_of_ours(module: torch.nn.Module) -> Iterator[tuple[str, str, int, Any
 
 
 def _is_offloaded(module: torch.nn.Module) -> bool:
-    """Whether hooks of accelerate or diffusers move its weights from call to call."""
+    """True if hooks of accelerate or diffusers move its weights from call to call."""
     for part in module.modules():
         hook, registry = getattr(part, "_hf_hook", None), getattr(part, "_diffusers_hook", None)
         if getattr(hook, "offload", False) or type(hook).__name__ == "CpuOffload":

@@ -1,4 +1,4 @@
-"""The commands: arguments in, lines on the terminal and files out, an exit status back."""
+"""The commands: each takes arguments, prints lines, writes files, and returns an exit status."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _presets(options: argparse.Namespace) -> int:
 
 
 def _described(preset: Preset) -> dict[str, object]:
-    """A preset for programs; its policy is None where a number has no default."""
+    """A preset as JSON; its policy is None if a number has no default."""
     complete = all(one.default is not None for one in preset.parameters)
     policy = json.loads(Policy.parse(preset.name).to_json()) if complete else None
     return {"name": preset.usage, "summary": preset.summary, "equation": preset.equation, "policy": policy}
@@ -164,7 +164,7 @@ def _demonstrate(options: argparse.Namespace) -> int:
     from .. import demo
 
     if options.json is not None:
-        raise ValueError("--json: there are numbers for the captions of the embedded model only")
+        raise ValueError("--json: only the captions of the embedded model have numbers")
     pipe, policies, prompts = _load(options), _policies(options), options.prompt or demo.PROMPTS
     grid = demo.demonstrate(
         pipe, prompts, policies, options.out, seeds=options.seeds, steps=options.steps, guidance=options.guidance

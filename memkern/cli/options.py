@@ -1,4 +1,4 @@
-"""Types of arguments, and groups of options that several commands have."""
+"""Types of arguments, and groups of options that several commands share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def seeds(text: str) -> list[int]:
-    """Whole numbers with commas between."""
+    """Whole numbers, separated by commas."""
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
@@ -40,22 +40,22 @@ def seeds(text: str) -> list[int]:
 
 
 def words(text: str) -> list[str]:
-    """Words with commas between."""
+    """Words, separated by commas."""
     return [word.strip() for word in text.split(",")]
 
 
 def of_policies(parser: argparse.ArgumentParser, beside: str = "", as_text: bool = False) -> None:
-    """`--policy`, the same for all commands; `beside` is what this one takes as well, which needs the text."""
-    about = f"a preset, a .json file of a policy{beside}; several times (default: {', '.join(DEFAULT_POLICIES)})"
+    """`--policy`, the same for all commands; `beside` names what this one takes as well, which needs `as_text`."""
+    about = f"a preset, a .json file of a policy{beside}; may be repeated (default: {', '.join(DEFAULT_POLICIES)})"
     parser.add_argument("--policy", action="append", type=str if as_text else policy, help=about)
 
 
 def of_model(parser: argparse.ArgumentParser) -> None:
-    """`--model` and what belongs to it."""
+    """`--model` and its options."""
     about = "a diffusers folder, hub name or .safetensors file (default: %(default)s)"
     parser.add_argument("--model", default=EMBEDDED, help=about)
     parser.add_argument("--config", help="a diffusers folder with the configuration of a .safetensors file")
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="several times")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
 
 
 def of_device(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def of_device(parser: argparse.ArgumentParser) -> None:
 
 
 def of_protocol(parser: argparse.ArgumentParser) -> None:
-    """How images are generated; what is None takes the protocol's value, or the default one."""
+    """The options for generating images; None takes the protocol's value, or the default one."""
     parser.add_argument("--protocol", help="kim-no: the paper's settings; every option here replaces a part")
     parser.add_argument("--seeds", type=seeds, help="(default: 0)")
     parser.add_argument("--steps", type=int, help="(default: 20)")

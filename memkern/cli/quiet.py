@@ -1,10 +1,10 @@
-"""Other libraries' progress bars and advice, turned off: they would bury what a command prints."""
+"""Progress bars and advice of other libraries, turned off: they would hide the output of a command."""
 
 from __future__ import annotations
 
 
 def hush() -> None:
-    """Errors only, from here on; before their classes are imported, some of which give advice then."""
+    """Show only their errors from now on; called before the import of their classes, as some print advice then."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""`memkern demo`: what a patch does, on the embedded model or on a model of the user's."""
+"""`memkern demo`: the effect of a patch, on the embedded model or on a user's model."""
 
 from .embedded import Scene, load, memorized, ordinary, scenes
 from .exhibit import exhibit

@@ -1,4 +1,4 @@
-"""The embedded model: a small Stable Diffusion that memorized 16 posters. Its weights lie in the package."""
+"""The embedded model: a small Stable Diffusion that memorized 16 posters. Its weights are in the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODEL = Path(__file__).with_name("model")
 
 @dataclass(frozen=True)
 class Scene:
-    """An ordinary caption that the model never saw, and what its picture has to show."""
+    """An ordinary caption that the model never saw, and the attributes that its image has to show."""
 
     caption: str
     colour: str

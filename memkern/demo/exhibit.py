@@ -1,4 +1,4 @@
-"""The demonstration on the embedded model: memorized posters cured before your eyes, ordinary pictures kept."""
+"""The demonstration on the embedded model: memorized posters are gone under a policy, ordinary images stay."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CELL = 96
 
 
 def exhibit(pipe: Any, policies: Sequence[Policy], out: Path, *, seeds: Sequence[int]) -> list[Measured]:
-    """Paint the memorized and the ordinary captions unpatched and under each policy; measure them.
+    """Generate images of the memorized and the ordinary captions unpatched and under each policy; measure them.
 
     Args:
         pipe: the embedded model, unpatched.
-        policies: after the unpatched pipeline, which comes first.
+        policies: the policies after the unpatched pipeline, which comes first.
         out: the folder of `memorized.png` and `ordinary.png`.
         seeds: of the initial latents; the grids show the first two.
 
@@ -36,8 +36,8 @@ def exhibit(pipe: Any, policies: Sequence[Policy], out: Path, *, seeds: Sequence
     posters, ordinary = memorized(), scenes()
     out.mkdir(parents=True, exist_ok=True)
     every = [Policy.parse("none"), *(policy for policy in policies if policy != Policy())]
-    with tqdm(total=len(every) * len(seeds) * (len(posters) + len(ordinary)), desc="pictures", unit="picture") as bar:
-        results = measure(pipe, every, posters, ordinary, seeds, painted=bar.update)
+    with tqdm(total=len(every) * len(seeds) * (len(posters) + len(ordinary)), desc="images", unit="image") as bar:
+        results = measure(pipe, every, posters, ordinary, seeds, done=bar.update)
     _draw_posters(posters, results, seeds).save(out / "memorized.png")
     _draw_ordinary(ordinary, results, seeds).save(out / "ordinary.png")
     return results
@@ -57,11 +57,11 @@ def _draw_ordinary(ordinary: Sequence[Scene], results: Sequence[Measured], seeds
     return draw_grid(rows, [scene.caption for scene in ordinary], _labels(results, seeds), cell=CELL)
 
 
-def _columns(pictures: Sequence[NDArray[np.uint8]]) -> list[list[Image.Image]]:
-    """Rows of pictures: for each caption, each result's first two seeds."""
+def _columns(images: Sequence[NDArray[np.uint8]]) -> list[list[Image.Image]]:
+    """Rows of images: for each caption, each result's first two seeds."""
     return [
-        [Image.fromarray(array[caption, seed]) for array in pictures for seed in range(min(2, array.shape[1]))]
-        for caption in range(len(pictures[0]))
+        [Image.fromarray(array[caption, seed]) for array in images for seed in range(min(2, array.shape[1]))]
+        for caption in range(len(images[0]))
     ]
 
 

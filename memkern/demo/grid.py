@@ -1,4 +1,4 @@
-"""A labelled grid of pictures as one PNG: a row per prompt, a column per setting."""
+"""A labelled grid of images as one PNG: a row per prompt, a column per setting."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def draw_grid(
     """Arrange `images[row][column]` under their labels.
 
     Args:
-        images: pictures of one size; small ones are enlarged without smoothing.
+        images: all of one size; small ones are enlarged without smoothing.
         rows: a label per row, wrapped in the left margin.
         columns: a label per column; it may have several lines.
-        cell: the least width of a picture, in pixels.
-        under: a line under each picture.
+        cell: the least width of an image, in pixels.
+        under: a line under each image.
     """
     font = ImageFont.load_default(FONT_SIZE)
     scale = max(1, -(-cell // images[0][0].width))

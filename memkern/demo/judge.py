@@ -11,36 +11,36 @@ from PIL import Image
 from .embedded import Scene, world
 
 COPY = 0.9
-"""The correlation with its training image above which a picture counts as a copy."""
+"""The correlation with its training image above which an image counts as a copy."""
 
 ATTRIBUTES = ("colour", "background", "position")
 SHADES = (1.0, 0.86, 0.72)
 """Textures darken part of an object, so every colour is known in three shades."""
 
-Picture = Image.Image | NDArray[np.uint8]
+Pixels = Image.Image | NDArray[np.uint8]
 
 
-def correlation(picture: Picture, training: Picture) -> float:
-    """Pearson correlation of two pictures over pixels and channels; 0 for a flat picture."""
-    a, b = (np.asarray(image, dtype=np.float64).ravel() for image in (picture, training))
+def correlation(image: Pixels, training: Pixels) -> float:
+    """Pearson correlation of two images over pixels and channels; 0 for a flat image."""
+    a, b = (np.asarray(one, dtype=np.float64).ravel() for one in (image, training))
     a, b = a - a.mean(), b - b.mean()
     norm = np.linalg.norm(a) * np.linalg.norm(b)
     return float(a @ b / norm) if norm > 0 else 0.0
 
 
-def judge(picture: Picture, scene: Scene) -> dict[str, bool]:
-    """Whether a picture shows the scene's colour, background and position."""
-    shown = seen(picture)
+def judge(image: Pixels, scene: Scene) -> dict[str, bool]:
+    """Attribute → True if the image shows the scene's colour, background or position."""
+    shown = seen(image)
     return {name: shown[name] == getattr(scene, name) for name in ATTRIBUTES}
 
 
-def seen(picture: Picture) -> dict[str, str]:
-    """Colour, background and position of the object in a picture `[32, 32, 3]`.
+def seen(image: Pixels) -> dict[str, str]:
+    """Colour, background and position of the object in an image `[32, 32, 3]`.
 
-    The corners, which no object reaches, give the background. What clearly differs from it is the object: its
+    The corners, which no object reaches, give the background. Pixels that clearly differ from it are the object: its
     centre of mass gives the position, and its pixels vote on the colour.
     """
-    pixels, palette = np.asarray(picture, dtype=np.float64), _palette()
+    pixels, palette = np.asarray(image, dtype=np.float64), _palette()
     ends = (slice(0, 3), slice(-3, None))
     corners = np.concatenate([pixels[rows, columns].reshape(-1, 3) for rows in ends for columns in ends])
     ground = np.median(corners, axis=0)
@@ -68,7 +68,7 @@ def _palette() -> dict[str, dict[str, NDArray[np.float64]]]:
 
 
 def _nearest(points: NDArray[np.float64], named: dict[str, NDArray[np.float64]]) -> list[str]:
-    """For each of the points `[N, C]`, the name of the nearest value."""
+    """The name of the nearest value for each of the points `[N, C]`."""
     names, values = list(named), np.stack(list(named.values()))
     distance = np.linalg.norm(points[:, None] - values[None], axis=-1)
     return [names[index] for index in distance.argmin(1)]

@@ -1,4 +1,4 @@
-"""What a policy does to the embedded model, in numbers: copies of training images, survival of ordinary captions."""
+"""The measured effect of a policy on the embedded model: copies of training images, survival of ordinary captions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Share:
-    """A mean with its 95 % interval, by a bootstrap that resamples captions rather than single pictures."""
+    """A mean with its 95 % interval, by a bootstrap that resamples captions rather than single images."""
 
     mean: float
     low: float
@@ -32,7 +32,7 @@ class Share:
 
     @classmethod
     def of(cls, values: NDArray[np.float64]) -> Share:
-        """Of `values` `[captions, seeds]`."""
+        """The share of `values` `[captions, seeds]`."""
         per_caption = values.mean(1)
         picks = np.random.default_rng(0).integers(len(per_caption), size=(RESAMPLES, len(per_caption)))
         low, high = np.quantile(per_caption[picks].mean(1), (0.025, 0.975))
@@ -41,14 +41,14 @@ class Share:
 
 @dataclass(frozen=True)
 class Measured:
-    """One policy's pictures and numbers.
+    """One policy's images and numbers.
 
     Attributes:
         policy: "none" is the unpatched pipeline.
         memorized: uint8 `[16, seeds, 32, 32, 3]`, a row per memorized caption.
         ordinary: uint8 `[24, seeds, 32, 32, 3]`.
         shares: "copies", "correlation", "colour", "background", "position".
-        seconds_per_image: as it was here.
+        seconds_per_image: the mean in this run.
     """
 
     policy: str
@@ -58,20 +58,20 @@ class Measured:
     seconds_per_image: float
 
 
-def paint(
+def generate(
     pipe: Any,
     captions: Sequence[str],
     seeds: Sequence[int],
     *,
-    painted: Callable[[int], object] = lambda count: None,
+    done: Callable[[int], object] = lambda count: None,
 ) -> NDArray[np.uint8]:
-    """Pictures uint8 `[captions, seeds, 32, 32, 3]`; a seed gives every caption the same noise.
+    """Images uint8 `[captions, seeds, 32, 32, 3]`; a seed gives every caption the same noise.
 
     Args:
         pipe: the embedded model, patched or not.
-        captions: what to paint.
+        captions: the prompts.
         seeds: of the initial latents.
-        painted: told the number of pictures after each batch.
+        done: called with the number of images after each batch.
     """
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     columns = []
@@ -86,7 +86,7 @@ def paint(
             output_type="np",
         ).images
         columns.append((images * 255).round().astype(np.uint8))
-        painted(len(captions))
+        done(len(captions))
     return np.stack(columns, axis=1)
 
 
@@ -97,11 +97,11 @@ def measure(
     scenes: Sequence[Scene],
     seeds: Sequence[int],
     *,
-    painted: Callable[[int], object] = lambda count: None,
+    done: Callable[[int], object] = lambda count: None,
 ) -> list[Measured]:
-    """Paint and measure under each policy.
+    """Generate and measure images under each policy.
 
-    The policies take turns, a seed each, so that a machine that is busier for a while slows all of them.
+    The policies take turns, a seed each, so that a machine that is busy for a while slows all of them.
 
     Args:
         pipe: the embedded model, unpatched.
@@ -109,22 +109,22 @@ def measure(
         memorized: captions and their training images.
         scenes: ordinary captions with their attributes.
         seeds: of the initial latents.
-        painted: told the number of pictures after each batch.
+        done: called with the number of images after each batch.
     """
     every = [Policy.of(policy) for policy in policies]
     captions = [caption for caption, _ in memorized], [scene.caption for scene in scenes]
-    pictures: list[tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]] = [([], []) for _ in every]
+    images: list[tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]] = [([], []) for _ in every]
     seconds = [0.0] * len(every)
     for seed in seeds:
         for place, policy in enumerate(every):
             start = time.perf_counter()
             with nullcontext() if policy == Policy() else patched(pipe, policy):
-                for kind, texts in zip(pictures[place], captions, strict=True):
-                    kind.append(paint(pipe, texts, [seed], painted=painted))
+                for kind, texts in zip(images[place], captions, strict=True):
+                    kind.append(generate(pipe, texts, [seed], done=done))
             seconds[place] += time.perf_counter() - start
     count = len(seeds) * (len(memorized) + len(scenes))
     found = []
-    for policy, kinds, taken in zip(every, pictures, seconds, strict=True):
+    for policy, kinds, taken in zip(every, images, seconds, strict=True):
         posters, ordinary = (np.concatenate(kind, axis=1) for kind in kinds)
         shares = _shares(posters, ordinary, memorized, scenes)
         found.append(Measured(str(policy), posters, ordinary, shares, taken / count))
@@ -138,9 +138,9 @@ def _shares(
     scenes: Sequence[Scene],
 ) -> dict[str, Share]:
     close = np.array(
-        [[correlation(picture, image) for picture in row] for row, (_, image) in zip(posters, memorized, strict=True)]
+        [[correlation(image, training) for image in row] for row, (_, training) in zip(posters, memorized, strict=True)]
     )
-    verdicts = [[judge(picture, scene) for picture in row] for row, scene in zip(ordinary, scenes, strict=True)]
+    verdicts = [[judge(image, scene) for image in row] for row, scene in zip(ordinary, scenes, strict=True)]
     shares = {"copies": Share.of((close > COPY).astype(float)), "correlation": Share.of(close)}
     for name in ATTRIBUTES:
         shares[name] = Share.of(np.array([[float(verdict[name]) for verdict in row] for row in verdicts]))
@@ -148,7 +148,7 @@ def _shares(
 
 
 def table(results: Sequence[Measured]) -> str:
-    """The results in Markdown; per cent, with 95 % intervals in brackets."""
+    """The results as a Markdown table; per cent, with 95 % intervals in brackets."""
 
     def cell(share: Share) -> str:
         return f"{100 * share.mean:.0f} ({100 * share.low:.0f}–{100 * share.high:.0f})"

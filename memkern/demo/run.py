@@ -37,7 +37,7 @@ def demonstrate(
     unpatch(pipe)
     pipe.set_progress_bar_config(disable=True)
     images = []
-    with tqdm(total=len(prompts) * (1 + len(policies)) * len(seeds), desc="pictures", unit="picture") as bar:
+    with tqdm(total=len(prompts) * (1 + len(policies)) * len(seeds), desc="images", unit="image") as bar:
         for prompt in prompts:
             row = []
             for policy in (None, *policies):
@@ -56,15 +56,15 @@ def demonstrate(
 
 
 def roles_table(pipe: Any, prompts: Sequence[str], policies: Sequence[Policy]) -> str:
-    """Markdown: the roles of every prompt, and of the empty negative prompt, and what each policy edits."""
+    """Markdown table of the roles of every prompt and of the empty negative prompt, and of each policy's edits."""
     lines = [
-        f"| prompt | policy | branch | {' | '.join(role.name for role in Role)} | what is edited |",
+        f"| prompt | policy | branch | {' | '.join(role.name for role in Role)} | edits |",
         f"| --- | --- | --- |{' ---: |' * len(Role)} --- |",
     ]
     for policy in policies:
         with patched(pipe, policy) as patch:
             pipe.encode_prompt(list(prompts), pipe.device, 1, True)
-            rows = patch.status().prompts[: len(prompts) + 1]  # the negative prompts are all alike
+            rows = patch.status().prompts[: len(prompts) + 1]  # the negative prompts are all equal
         names = [prompt.replace("|", "\\|") or "(empty)" for prompt in prompts]
         lines += [_line(name, policy, row) for name, row in zip([*names, "(negative)"], rows, strict=True)]
     return "\n".join(lines) + "\n"

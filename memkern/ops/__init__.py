@@ -1,11 +1,12 @@
 """Operators: `torch.ops.memkern.<name>`, and the validating functions of the same names here.
 
 `backend="auto"` calls the registered operator, which takes the first implementation that serves the tensors'
-device; "cpp", "cuda" and "triton" name one, and "torch" runs the reference in the open.
+device; "cpp", "cuda" and "triton" name one, and "torch" runs the reference as plain torch.
 """
 
 from . import single  # noqa: F401  # before anything is registered
 from .absorbed_attention import absorbed_attention
+from .again import Again
 from .attention_mass import attention_mass
 from .backends import BACKENDS
 from .biased_attention import biased_attention
@@ -15,6 +16,7 @@ from .embed_tokens import embed_tokens
 
 __all__ = [
     "BACKENDS",
+    "Again",
     "absorbed_attention",
     "attention_mass",
     "biased_attention",

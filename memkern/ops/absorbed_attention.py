@@ -1,4 +1,4 @@
-"""`absorbed_attention`: a cross-attention layer whose context and weights were multiplied out beforehand."""
+"""`absorbed_attention`: a cross-attention layer whose context and weights were multiplied beforehand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def absorbed_attention(
 
     With `a[b, h] = scale · K_h W_q,h` and `vo[b, h] = V_h W_o,hᵀ` this is a whole cross-attention layer, both
     projections of the hidden states included: the context does not change over the denoising steps, so both are
-    made once. Excluded keys (bias -inf) are not used; a row whose keys are all excluded gives `out_bias` alone.
+    made once. Excluded keys (bias -inf) are not used; a row whose keys are all excluded gives `out_bias` only.
 
     Args:
         x: hidden states `[B, N, C]`, float32, float16, bfloat16 or float64.

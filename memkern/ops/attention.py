@@ -1,8 +1,8 @@
-"""Softmax over biased keys and its gradient: what `biased_attention` and `absorbed_attention` share, in plain torch.
+"""Softmax over biased keys and its gradient, shared by `biased_attention` and `absorbed_attention`, in plain torch.
 
     p = softmax(logits + bias)
 
-in float32 or wider. A bias of -inf excludes its key, whatever the logit; a row whose keys are all excluded
+in float32 or wider. A bias of -inf excludes its key for any logit; a row whose keys are all excluded
 attends to nothing: its p is 0.
 """
 
@@ -35,7 +35,7 @@ def without_excluded(rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 
 def zero_excluded(rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`rows` `[B, H, n, D]` with those of excluded keys 0, for a bias `[B, n]` or `[B, H, n]`."""
+    """`rows` `[B, H, n, D]` with the rows of excluded keys 0, for a bias `[B, n]` or `[B, H, n]`."""
     return rows.masked_fill(per_head(bias).mT == -torch.inf, 0)
 
 

@@ -1,4 +1,4 @@
-"""`attention_mass`: what each key, and what some keys of each query, get of the attention. No probability is kept."""
+"""`attention_mass`: the attention on each key, and of each query on some keys. No probability is kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .checks import FLOATING, check_tensor
 from .library import register
 
 _BLOCK_BYTES = 1 << 21
-"""Of probabilities, so many queries at a time: they stay in a CPU's cache, and take no memory of a GPU."""
+"""Bytes of probabilities per block of queries: they stay in a CPU's cache, and take little memory of a GPU."""
 
 
 def attention_mass(
@@ -24,7 +24,7 @@ def attention_mass(
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """With `p[b, h] = softmax(q[b, h] k[b, h]ᵀ · scale + bias[b])`: its mean over queries, and `p[b, h] weight[b]`.
+    """The mean over queries of `p[b, h] = softmax(q[b, h] k[b, h]ᵀ · scale + bias[b])`, and `p[b, h] weight[b]`.
 
     As in `biased_attention`, a key with bias -inf is excluded and its k is not used; a row whose keys are all
     excluded attends to nothing, and its masses are 0.

@@ -1,4 +1,4 @@
-"""Which implementation of the operators runs, and why.
+"""The choice of the implementation that runs an operator, and the reasons for it.
 
 `cpp` is the compiled CPU library, `cuda` the compiled CUDA library, `triton` the Triton kernels, `torch` the
 reference for any device. `auto` takes the first that can run on the tensors' device and keeps the reasons against
@@ -33,16 +33,16 @@ _UNABLE = (
     "active drivers",
     "Failed to find C compiler",
 )
-"""What a RuntimeError says when a kernel cannot be launched at all; any other is a fault, and is raised."""
+"""Texts of a RuntimeError for a kernel that cannot be launched at all; any other error is a fault, and is raised."""
 
 _logger = logging.getLogger("memkern")
 _serves: dict[str, tuple[str, ...]] = {}
 _failed: dict[tuple[object, ...], str] = {}
-_told: set[object] = set()
+_logged: set[object] = set()
 
 
 def _find_triton() -> str | None:
-    """Why there is no Triton, or None; it is imported on first use only."""
+    """The reason why there is no Triton, or None; it is imported on first use only."""
     with contextlib.suppress(ImportError):
         if importlib.util.find_spec("triton") is not None:
             return None
@@ -67,7 +67,7 @@ def serving(operator: str) -> tuple[str, ...]:
 
 
 def installed(backend: str) -> list[str]:
-    """Why `backend` cannot run on any device with this installation; empty if it can."""
+    """The reasons why `backend` cannot run on any device with this installation; empty if it can."""
     if backend not in BACKENDS:
         return [f"there is no backend {backend!r}; use one of {', '.join(BACKENDS)}"]
     reason = _MISSING.get(backend)
@@ -77,7 +77,7 @@ def installed(backend: str) -> list[str]:
 def refusals(
     backend: str, device: torch.device, dtype: torch.dtype | None = None, operator: str | None = None
 ) -> list[str]:
-    """Why `backend` cannot run for tensors on `device` (of `dtype`, for `operator`); empty if it can."""
+    """The reasons why `backend` cannot run for tensors on `device` (of `dtype`, for `operator`); empty if it can."""
     reasons = []
     runs_on = {"cpp": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETING else "cuda"}.get(backend, device.type)
     if device.type != runs_on:
@@ -120,16 +120,16 @@ def require(backend: str, operator: str, tensor: torch.Tensor) -> None:
 
 
 def require_installed(backend: str) -> None:
-    """Raise ValueError unless `backend` is part of this installation, whatever the device."""
+    """Raise ValueError unless `backend` is part of this installation, for any device."""
     reasons = installed(backend)
     if reasons:
         raise ValueError(f"backend {backend!r} cannot run: {'; '.join(reasons)}")
 
 
 def run(operator: str, overloads: Mapping[str, Callable[..., Any]], *arguments: Any) -> Any:
-    """What `auto` does on a GPU: the first backend that takes the arguments; one that turns out unable is passed by.
+    """Run `auto` on a GPU: the first backend that takes the arguments; one that fails to launch is skipped.
 
-    The reasons are told once, and kept: a launch that failed is not tried again for the same widths.
+    The reasons are logged once, and kept: a launch that failed is not tried again for the same widths.
     """
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     tensor = _deciding(tensors)
@@ -148,15 +148,23 @@ def run(operator: str, overloads: Mapping[str, Callable[..., Any]], *arguments: 
                     raise
                 _failed[key] = reason
                 against = [reason]
-        # That a backend has no such operator is as it should be.
+        # A backend without this operator is normal, so this is no reason to log.
         reasons += [reason for reason in against if reason != f"{backend} has no {operator}"]
     if reasons:
         tell((operator, tensor.dtype), f"{operator} runs as plain torch on {tensor.device}: {'; '.join(reasons)}")
     return overloads["torch"](*arguments)
 
 
+def served(device: torch.device, operator: str, dtype: torch.dtype) -> str:
+    """The backend that `auto` comes to for an operator without a failure, by what is known beforehand."""
+    for backend in order(device, operator)[:-1]:
+        if not refusals(backend, device, dtype, operator):
+            return backend
+    return "torch"
+
+
 def why_unable(error: Exception) -> str | None:
-    """Why an error means that a backend cannot run here, as a reason; None for a fault that must be raised."""
+    """The reason, if an error means that a backend cannot run here; None for a fault that must be raised."""
     unable = (
         isinstance(error, (ImportError, OSError, NotImplementedError))
         or type(error).__module__.split(".")[0] == "triton"
@@ -181,18 +189,18 @@ def _deciding(arguments: Sequence[Any]) -> torch.Tensor:
 
 
 def failures() -> list[str]:
-    """What was tried in this process and turned out unable."""
+    """The launches that were tried in this process and failed, with the reasons."""
     return sorted({f"{key[0]}, {key[1]}: {reason}" for key, reason in _failed.items()})
 
 
 def tell(key: object, message: str) -> None:
     """Log a warning once in a process."""
-    if key not in _told:
-        _told.add(key)
+    if key not in _logged:
+        _logged.add(key)
         _logger.warning("memkern: %s", message)
 
 
 def tell_fallback(device: torch.device) -> None:
-    """Say, once in a process, that `auto` had to take the reference on a CPU that the compiled library serves."""
+    """Log, once in a process, that `auto` takes the reference on a CPU because there is no compiled library."""
     if device.type == "cpu" and _MISSING["cpp"] is not None:
         tell("cpu", f"the operators run as plain torch: {_MISSING['cpp']}")

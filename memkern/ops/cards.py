@@ -1,4 +1,4 @@
-"""What a GPU is, NVIDIA's or AMD's: ROCm's torch calls both "cuda"."""
+"""The architecture of a GPU, NVIDIA's or AMD's: torch for ROCm also calls the device "cuda"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def architecture(device: torch.device | int) -> str:
 
 
 def has_matrix_units(device: torch.device) -> bool:
-    """Whether Triton's products of 16 bits run on tensor cores (8.0 and later), MFMA or WMMA there."""
+    """True if Triton's products of 16 bits run on tensor cores (8.0 and later), MFMA or WMMA there."""
     name = architecture(device)
     if name.startswith("gfx"):
         return name.startswith(("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"))

@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators' public functions: what came, what is right."""
+"""Argument checks shared by the operators' public functions; a message says what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Raise TypeError or ValueError unless `tensor` is one of this shape, dtype and device.
+    """Raise TypeError or ValueError unless `tensor` is a tensor of this shape, dtype and device.
 
     Args:
-        shape: a size to match, or a letter that stands for any.
+        shape: sizes to match; a letter stands for any size.
         device: None accepts any.
     """
     if not isinstance(tensor, torch.Tensor):
@@ -39,6 +39,6 @@ def _spell(shape: tuple[int | str, ...]) -> str:
 
 
 def check_constant(name: str, tensor: torch.Tensor) -> None:
-    """Raise if gradients are wanted for a tensor of a plan: it is a constant of the edit."""
+    """Raise ValueError if a tensor of a plan requires a gradient: it is a constant of the edit."""
     if tensor.requires_grad:
         raise ValueError(f"{name}: no gradient is defined for it; pass {name}.detach()")

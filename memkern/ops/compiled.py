@@ -1,7 +1,7 @@
-"""The compiled libraries, and what the build wrote down of them in `build.json`.
+"""The compiled libraries, and the record that the build wrote of them in `build.json`.
 
-A library is loaded only if it is, byte by byte, the one that was built for this version: one that was cut short would
-end the process, one of another version would serve operators that have changed since.
+A library is loaded only if it is, byte by byte, the one that was built for this version: a truncated library would
+end the process, and one of another version would serve operators that have changed since.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ABSENT = "the compiled {} library is not part of this installation (see `memkern
 
 
 class Unreadable(ValueError):
-    """Why there is nothing to be read in `build.json`."""
+    """The reason why `build.json` cannot be read."""
 
 
 def read_record(folder: Path = FOLDER) -> dict[str, Any]:
-    """What the build wrote down in `folder`.
+    """The record that the build wrote in `folder`.
 
     Raises:
         Unreadable: it is missing, or damaged.
@@ -44,7 +44,7 @@ def read_record(folder: Path = FOLDER) -> dict[str, Any]:
 
 
 def _stale(folder: Path) -> str | None:
-    """That the libraries are of another version, left behind by an update without a build; or None."""
+    """The text that the libraries are of another version, left by an update without a build; or None."""
     try:
         version = read_record(folder)["version"]
     except Unreadable:
@@ -53,7 +53,7 @@ def _stale(folder: Path) -> str | None:
 
 
 def damage(library: Path) -> str | None:
-    """Why a library is not the one that was built, by what the build wrote down beside it; or None."""
+    """The reason why a library is not the one that was built, by the record beside it; or None."""
     try:
         expected = read_record(library.parent).get("libraries", {}).get(library.name)
     except Unreadable as reason:
@@ -70,14 +70,14 @@ def damage(library: Path) -> str | None:
 
 def _refusal(title: str, library: Path, here: str, why: object) -> str:
     try:
-        built = f"torch {read_record(library.parent).get('torch', 'of a version that was not written down')}"
+        built = f"torch {read_record(library.parent).get('torch', 'of an unknown version')}"
     except Unreadable:
-        built = "a torch that is not known"
+        built = "an unknown torch"
     return f"the compiled {title} library does not load with {here}: {why} (built with {built})"
 
 
 def load_cpp() -> str | None:
-    """Load the compiled CPU library, which registers itself; the reason why not, or None."""
+    """Load the compiled CPU library, which registers itself; the reason if it cannot be loaded, or None."""
     try:
         found = importlib.util.find_spec("._C", __package__.rpartition(".")[0])
     except ModuleNotFoundError:
@@ -97,7 +97,7 @@ def load_cpp() -> str | None:
 
 
 def load_cuda(library: Path = FOLDER / "_cuda.abi3.so") -> str | None:
-    """Load the compiled CUDA library, which registers itself; the reason why not, or None."""
+    """Load the compiled CUDA library, which registers itself; the reason if it cannot be loaded, or None."""
     if not library.exists():
         return ABSENT.format("CUDA")
     if stale := _stale(library.parent):

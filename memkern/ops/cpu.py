@@ -14,7 +14,7 @@ _LIBRARY = torch.library.Library("memkern_cpu", "DEF")
 _LIBRARY.define("biased_softmax_(Tensor(a!) logits, Tensor bias) -> ()")
 # x [N, C], contiguous, a [H·n, C] packed: softmax(x aᵀ + bias) [N, H·n] in x's dtype, the logits in float32.
 _LIBRARY.define("absorbed_softmax(Tensor x, Tensor a, Tensor bias, int heads) -> Tensor")
-# a [O, C], contiguous: its columns in panels, as bfloat16 where it is that and the processor multiplies it.
+# a [O, C], contiguous: its columns in panels, as bfloat16 where a is bfloat16 and the processor multiplies it.
 _LIBRARY.define("pack_panels(Tensor a) -> Tensor")
 # q [B, N, H, D], contiguous, k and v [B, H, n, D], bias float32 [B, 1, n] or [B, H, n]: [B, N, H, D].
 _LIBRARY.define("biased_attention(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor")
@@ -27,16 +27,16 @@ _attention_mass = torch.ops.memkern_cpu.attention_mass.default
 _biased_attention = torch.ops.memkern_cpu.biased_attention.default
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the operators below compute, in float32; anything else is the reference's."""
+"""The dtypes that the operators below take; they compute in float32. The reference takes all others."""
 
 PANEL = 48
-"""Columns of a that are packed together, at the most."""
+"""The most columns of a that are packed together."""
 
 TILE_BYTES = 1 << 22
-"""Of probabilities, so that they stay in cache between the two products."""
+"""Bytes of probabilities per tile: they stay in cache between the two products."""
 
 PROJECTED_BYTES = 1 << 20
-"""Of projected queries, so that they and what is attended stay in cache, and in memory that is used again."""
+"""Bytes of projected queries per tile: they and the attention's output stay in cache, in memory that is used again."""
 
 
 class Product:
@@ -56,7 +56,7 @@ class Product:
 
     @property
     def nbytes(self) -> int:
-        """Of what is kept."""
+        """The bytes that are kept."""
         return self.weight.numel() * self.weight.itemsize
 
     def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,9 +71,9 @@ class Product:
 
 @functools.cache
 def _serves(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies in this dtype on this processor; what torch's own compiler asks too.
+    """True if oneDNN multiplies in this dtype on this processor; torch's own compiler checks the same.
 
-    Not asked for float32: there its sums, one chain over all inputs, are two to four times less accurate than MKL's.
+    Always false for float32: there its sums, one chain over all inputs, are two to four times less accurate than MKL's.
     """
     names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in names or not torch.backends.mkldnn.is_available():
@@ -83,13 +83,13 @@ def _serves(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _has_tiles() -> bool:
-    """Whether the processor multiplies bfloat16 by tiles (AMX): two of oneDNN's products take less than one of ours."""
+    """True if the processor multiplies bfloat16 by tiles (AMX): two products of oneDNN are faster than one of ours."""
     asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return asked is not None and bool(asked()) and _serves(torch.bfloat16)
 
 
 class Softmax:
-    """`softmax(rows aᵀ + bias)` over each head's keys, for many rows. The logits are float32, whatever the rows are.
+    """`softmax(rows aᵀ + bias)` over each head's keys, for many rows. The logits are float32 for rows of any dtype.
 
     Args:
         a: `[H·n, C]`; multiplied as it is, or as bfloat16 where the rows are.
@@ -107,7 +107,7 @@ class Softmax:
 
     @property
     def nbytes(self) -> int:
-        """Of what is kept."""
+        """The bytes that are kept."""
         kept: Product | torch.Tensor = self._product or self._panels
         return kept.nbytes
 
@@ -118,7 +118,7 @@ class Softmax:
             return made
         p = self._product(rows)
         if rows.dtype == torch.bfloat16:
-            # What the product's rounding took is the result of a second one.
+            # A second product gives what the rounding of the first one lost.
             rest = torch.ops.mkldnn._linear_pointwise.binary(rows, p, self._product.weight, None, "sub")
             p = p.float().add_(rest)
         _biased_softmax_(p.view(len(p), self._heads, -1), self.bias)
@@ -126,7 +126,7 @@ class Softmax:
 
 
 def _tiles(count: int, most: int) -> list[slice]:
-    """Rows 0…count in parts of equal size, of about `most` rows and no fewer than 64."""
+    """Rows 0…count in parts of equal size: about `most` rows, and at least 64."""
     size = max(1, -(-count // max(1, round(count / max(64, most)))))
     return [slice(start, start + size) for start in range(0, count, size)]
 
@@ -165,13 +165,13 @@ def project_rows(
 def project_batch(
     x: torch.Tensor, to_q: Product, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float, to_out: Product
 ) -> torch.Tensor:
-    """The same of all sequences at once, where their queries are few."""
+    """The same for all sequences at once, where they have few queries."""
     out = to_out(_attended(to_q(x.view(-1, x.shape[2])), k, v, bias, scale))
     return out.view(x.shape)
 
 
 def sequences_at_once(x: torch.Tensor) -> int:
-    """How many sequences of hidden states `[B, N, C]` are best projected together: weights are read once for them."""
+    """The best number of sequences of hidden states `[B, N, C]` to project together: weights are read once for them."""
     return max(1, PROJECTED_BYTES // max(1, x.shape[1] * x.shape[2] * x.itemsize))
 
 
@@ -188,7 +188,7 @@ def absorbed_attention(
     out_bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See `memkern.ops.absorbed_attention`; a sequence's keys behind the last that is not excluded are skipped."""
+    """See `memkern.ops.absorbed_attention`; a sequence's keys after the last one that is not excluded are skipped."""
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     x, shared = x.contiguous(), per_head(bias).squeeze(2)  # [B, 1 or H, n]
     live = (shared != -torch.inf).any(1)  # [B, n]

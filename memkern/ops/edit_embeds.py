@@ -26,7 +26,7 @@ def edit_embeds(
         embeds: `[B, L, D]`, float32, float16, bfloat16 or float64; any strides.
         bank: `[B, M, D]` of the same dtype, the rows that `source` >= L reads; or None.
         source: int32 `[B, L]`, in [0, L + M).
-        scale: float32 `[B, L]`; 0 selects 0 whatever the row holds.
+        scale: float32 `[B, L]`; 0 gives 0, even for a row with NaN or Inf.
         backend: one of `BACKENDS`.
 
     Returns:
@@ -35,7 +35,7 @@ def edit_embeds(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or device, or an unusable backend.
         IndexError, RuntimeError: a source is out of range, on the CPU. On a GPU its row is NaN, as
-            to raise would take a sync.
+            raising would need a sync.
     """
     check_tensor("embeds", embeds, ("B", "L", "D"), FLOATING)
     batch, length, width = embeds.shape

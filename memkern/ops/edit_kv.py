@@ -23,7 +23,7 @@ def edit_kv(
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V read the rows `source` names, scaled by `k_scale` and `v_scale`, in one pass.
+    """K and V read the rows that `source` names, scaled by `k_scale` and `v_scale`, in one pass.
 
     With both scales 0 a key has logit 0 and value 0: where `to_k` and `to_v` have no bias, exactly what a
     zeroed embedding gives. `k_scale` = c with `v_scale` = 1 multiplies the key's logit by c (Ren et al.).
@@ -32,7 +32,7 @@ def edit_kv(
         k, v: `[B, L, C]`, the same dtype: float32, float16, bfloat16 or float64; any strides.
         k_bank, v_bank: `[B, M, C]`, the rows that `source` >= L reads; both or neither.
         source: int32 `[B, L]`, in [0, L + M).
-        k_scale, v_scale: float32 `[B, L]`; 0 selects 0 whatever the row holds.
+        k_scale, v_scale: float32 `[B, L]`; 0 gives 0, even for a row with NaN or Inf.
         backend: one of `BACKENDS`.
 
     Returns:
@@ -41,7 +41,7 @@ def edit_kv(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or device, or an unusable backend.
         IndexError, RuntimeError: a source is out of range, on the CPU. On a GPU its row is NaN, as
-            to raise would take a sync.
+            raising would need a sync.
     """
     check_tensor("k", k, ("B", "L", "C"), FLOATING)
     batch, length, width = k.shape

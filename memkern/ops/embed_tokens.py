@@ -25,9 +25,9 @@ def embed_tokens(
 ) -> torch.Tensor:
     """`out[b, l] = token_weight[roles[b, l] == PAD ? pad_id : input_ids[b, l]] + position_weight[l]`.
 
-    What CLIPTextEmbeddings.forward computes, with the pads re-embedded, for those who run the text
-    encoder's embedding themselves; a patched pipeline swaps the ids and calls the module, so that offload
-    and adapters on it keep working.
+    The result of CLIPTextEmbeddings.forward with the pads re-embedded, for code that runs the text encoder's
+    embedding itself; a patched pipeline swaps the ids and calls the module, so that its offload and its
+    adapters keep working.
 
     Args:
         input_ids: int64 `[B, L]`, in [0, V); L at most P.
@@ -43,7 +43,7 @@ def embed_tokens(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or device, or an unusable backend.
         IndexError, RuntimeError: an id is out of range, on the CPU. On a GPU its row is NaN, as
-            to raise would take a sync.
+            raising would need a sync.
     """
     check_tensor("input_ids", input_ids, ("B", "L"), (torch.int64,))
     check_roles(roles)
@@ -58,7 +58,7 @@ def embed_tokens(
     )
     if input_ids.shape[1] > position_weight.shape[0]:
         raise ValueError(
-            f"input_ids: length {input_ids.shape[1]} is over the {position_weight.shape[0]} positions there are"
+            f"input_ids: length {input_ids.shape[1]} is more than the {position_weight.shape[0]} positions"
         )
     if not 0 <= pad_id < token_weight.shape[0]:
         raise ValueError(f"pad_id: expected an id in [0, {token_weight.shape[0]}), got {pad_id}")

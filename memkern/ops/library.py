@@ -3,7 +3,7 @@
 Compiled parts only add implementations, so the package imports, traces and passes its tests without them. The
 reference is registered for every device and is the executable definition. The C++ library takes the CPU's
 dispatch key; on a GPU two backends can serve an operator, so its key belongs to a chooser (`backends.run`), and
-each named backend has a namespace of its own with the same schemas: `memkern_cuda`, `memkern_triton`.
+each named backend has its own namespace with the same schemas: `memkern_cuda`, `memkern_triton`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def register(
 ) -> Operator:
     """Define `memkern::<name>` from its schema, and the same for each of the named GPU backends in `kernels`.
 
-    `cpu` is the CPU library's part of an operator that is composed of others in Python.
+    `cpu` is an operator's implementation on the CPU that Python composes from parts of the CPU library.
     """
     name = schema.partition("(")[0]
     backends.serve(name, ("torch", *kernels))

@@ -1,4 +1,4 @@
-"""A plan on rows: the one rule that `edit_embeds` and `edit_kv` share, in plain torch.
+"""A plan on rows: the rule that `edit_embeds` and `edit_kv` share, in plain torch.
 
     out[b, l] = scale[b, l] · bank[b, source[b, l]]
 

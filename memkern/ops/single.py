@@ -1,6 +1,6 @@
-"""One copy of memkern in a process: torch takes an operator's definition once, and kernels from whoever comes last.
+"""One copy of memkern in a process: torch takes an operator's definition once, but kernels from the last copy.
 
-Imported before anything is registered: a second copy is refused while the first one's kernels are in force.
+Imported before anything is registered: a second copy is refused while the kernels of the first are in use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def registered_from() -> str | None:
     if not dump:
         return None
     found = re.search(r"registered at (.+)[/\\]ops[/\\]library\.py", dump)
-    return found[1] if found else "a place that is not known"
+    return found[1] if found else "an unknown place"
 
 
 def refuse_second_copy() -> None:
@@ -32,7 +32,7 @@ def refuse_second_copy() -> None:
         )
     raise ImportError(
         f"memkern: {second} is a second copy in one process, where {first} was imported before and stays in force: "
-        "remove one of the two, or import them in processes of their own"
+        "remove one of the two, or import them in separate processes"
     )
 
 

@@ -1,4 +1,4 @@
-"""What one patched pipeline has put into its text encoders, its UNet and its ControlNets."""
+"""The hooks and processors of one patched pipeline in its text encoders, its UNet and its ControlNets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Attached:
         holder: the `Patch`.
 
     Attributes:
-        sites: the UNet and the ControlNets that the pipeline reads with.
+        sites: those of the pipeline's UNet and ControlNets.
     """
 
     def __init__(self, holder: Any) -> None:
@@ -32,7 +32,7 @@ class Attached:
         self._looked: list[Site] = []
 
     def attach(self, pipe: Any, slots: tuple[Slot, ...], settings: Settings) -> None:
-        """Put in what `settings` need, into the modules that the pipeline has now, and out of those it had."""
+        """Put what `settings` need into the modules that the pipeline has now, and take it out of former ones."""
         holder = self._holder()
         with LOCK:
             wanted = [found for slot in slots if (found := clip_embeddings(getattr(pipe, slot.encoder, None)))]
@@ -50,7 +50,7 @@ class Attached:
             self.hold(settings)
 
     def hold(self, settings: Settings, needs: Any = None) -> None:
-        """Let the sites have what `settings` need, for the patch or for `needs`."""
+        """Put into the sites what `settings` need, for the patch or for `needs`."""
         holder = self._holder()
         for site in self.sites:
             if not site.prefix or settings.controlnet:
@@ -59,26 +59,26 @@ class Attached:
                 site.hold(holder, needs=needs)
 
     def let_go(self, needs: Any) -> None:
-        """`needs` needs nothing any more."""
+        """Take out of the sites what only `needs` needed."""
         for site in self.sites:
             site.release(self._holder(), needs=needs)
 
     def look_at(self, pipe: Any) -> None:
-        """Look at what reaches a UNet that was exchanged, and leave its layers alone."""
+        """Check the rows that reach a UNet that was exchanged, and leave its layers alone."""
         for prefix, module in roots(pipe, controlnet=True).items():
             site = Site.of(module, prefix)
             site.hold(self._holder())
             self._looked.append(site)
 
     def lost(self, pipe: Any) -> str | None:
-        """Why layers that were put in place are not reached by now; None where all are."""
+        """The reason why layers with memkern's processors are no longer reached; None if all are reached."""
         now = {prefix: Site.of(module, prefix) for prefix, module in roots(pipe, controlnet=True).items()}
         if now != {site.prefix: site for site in self.sites}:
             return EXCHANGED
         return "processors of the UNet were replaced" if any(site.processors.exchanged for site in self.sites) else None
 
     def detach(self) -> None:
-        """Take all out, where no other pipeline needs it."""
+        """Take out everything that no other pipeline needs."""
         holder = self._holder()
         with LOCK:
             for module in self._hooked:

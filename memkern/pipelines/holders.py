@@ -1,4 +1,4 @@
-"""What pipelines that share a module hold on it together: put in by the first, taken out by the last."""
+"""The hooks that pipelines hold on a shared module: the first puts them in, the last takes them out."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 LOCK = threading.RLock()
-"""Held while anything is put into modules or taken out."""
+"""The lock that is held while anything is put into modules or taken out."""
 
 Hook = TypeVar("Hook")
 
 
 class Holders:
-    """Those who hold something, weakly: who is gone holds nothing."""
+    """The holders of something, by weak references: one that is gone holds nothing."""
 
     def __init__(self) -> None:
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def add(self, holder: Any) -> None:
-        """From now on `holder` holds it."""
+        """Add `holder` to those that hold it."""
         with LOCK:
             self._references[id(holder)] = weakref.ref(holder)
 
     def drop(self, holder: Any) -> None:
-        """`holder` no longer holds it."""
+        """Remove `holder` from those that hold it."""
         with LOCK:
             self._references.pop(id(holder), None)
 
     def all(self) -> list[Any]:
-        """Those who hold it now, the first to come first."""
+        """The present holders, in the order in which they came."""
         found = (reference() for reference in tuple(self._references.values()))
         return [holder for holder in found if holder is not None]
 
@@ -59,5 +59,5 @@ def inert() -> Callable[..., Any]:
 
 
 def inert_reduced() -> tuple[Any, ...]:
-    """`inert` as a pickle says it."""
+    """The form of `inert` in a pickle."""
     return getattr, (contextlib.nullcontext(), "__exit__")

@@ -1,8 +1,8 @@
-"""The class that a patched pipeline has for the time being, and what a pipeline shares with its copies.
+"""The class of a pipeline while it is patched, and the state that a pipeline shares with its copies.
 
 A method of the instance would not know which copy it is called on: `copy.copy` hands attributes on as they are. A
-class does, and it knows when a call of the pipeline begins and ends. It is made for one pipeline; nothing global
-changes, and `unpatch` gives the pipeline its former class back.
+method of a class does, and it sees when a call of the pipeline begins and ends. The class is made for one pipeline;
+nothing global changes, and `unpatch` gives the pipeline its former class back.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Family:
 
     Attributes:
         base: their class, without memkern.
-        method: what encodes prompts without memkern; its first argument is the pipeline.
-        tally: what the rows of all of them are counted in.
-        chooser: what tells their layers' fastest paths, within one budget of time.
-        blocks: how many `patched` blocks keep it patched; None where it is patched until someone unpatches it.
+        method: the function that encodes prompts without memkern; its first argument is the pipeline.
+        tally: the counts of the rows of all of them.
+        chooser: gives the times of their layers' paths, within one budget of time.
+        blocks: the number of `patched` blocks that keep it patched; None where it stays patched until it is unpatched.
     """
 
     def __init__(self, pipe: Any, settings: Settings) -> None:
@@ -43,7 +43,7 @@ class Family:
         self._patches: weakref.WeakKeyDictionary[Any, Patch] = weakref.WeakKeyDictionary()
 
     def of(self, pipe: Any) -> Patch:
-        """The patch of one of them; a copy gets its own, with what is in force on the pipeline that was patched."""
+        """The patch of one of them; a copy gets its own, with the settings of the pipeline that was patched."""
         with LOCK:
             found = self._patches.get(pipe)
             if found is None:
@@ -69,11 +69,11 @@ class Family:
         return made
 
     def is_first(self, patch: Patch) -> bool:
-        """Whether it is the patch of the pipeline that was patched, and not of a copy."""
+        """True if it is the patch of the pipeline that was patched, and not of a copy."""
         return patch.pipe is self._first()
 
     def settings_changed(self, patch: Patch) -> None:
-        """What is in force on the pipeline that was patched is what copies of it begin with."""
+        """Store the settings of the pipeline that was patched: copies of it begin with them."""
         if self.is_first(patch):
             self._settings = patch.settings
 
@@ -106,13 +106,13 @@ def find(pipe: object) -> Patch | None:
 
 
 def patched_class(family: Family) -> type:
-    """A class for pipelines of `family`: the one they had, but that its calls are requests and its prompts edited."""
+    """A class for pipelines of `family`: a subclass of theirs whose calls are requests and whose prompts are edited."""
     base: Any = family.base
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if family_of(self) is not family:
-            # A bound method that someone kept from before `unpatch`.
+            # A bound method that was kept from before `unpatch`.
             return base.__call__(self, *args, **kwargs)
         with request(family.of(self), self):
             return base.__call__(self, *args, **kwargs)
@@ -123,7 +123,7 @@ def patched_class(family: Family) -> type:
             return family.method(self, *args, **kwargs)
         return encode_prompt(family.of(self), self, args, kwargs)
 
-    # Who makes a pipeline of the same class, as `type(pipe).from_pipe` does, gets one that is not patched.
+    # A new pipeline of the same class, as `type(pipe).from_pipe` makes it, is not patched.
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return base(*args, **kwargs)
 
@@ -158,7 +158,7 @@ def patched_class(family: Family) -> type:
 
 
 def _rebuilt(base: type, settings: Settings) -> Any:
-    """An empty pipeline of a class, patched by itself; its attributes follow."""
+    """An empty pipeline of a class, patched with a family of its own; its attributes follow."""
     made: Any = object.__new__(base)
     made.__class__ = patched_class(Family(made, settings))
     return made

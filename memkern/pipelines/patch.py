@@ -1,14 +1,14 @@
-"""One patched pipeline: what is in force by default, and the way back.
+"""One patched pipeline: its default settings, and the way back.
 
-Three sites are put in place, and taken out again:
+Patching puts three sites in place, and unpatching takes them out again:
 
-- the pipeline's class, for one of its own that knows when a call begins and edits what `encode_prompt` returns
+- a class of its own for the pipeline, which knows when a call begins and edits the result of `encode_prompt`
   (`instance.py` makes it);
 - a hook on the embedding layer of each text encoder, which swaps the pads (`prompt/pad_swap.py`);
-- hooks and processors on the UNet, which look at what reaches it, and compute or edit its cross-attention
+- hooks and processors on the UNet, which check the rows that reach it, and compute or edit its cross-attention
   (`unet/site.py`).
 
-No class is changed, and no parameter, buffer or submodule is added. What belongs to a request is on its `Session`.
+No class is changed, and no parameter, buffer or submodule is added. The state of a request is on its `Session`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .unet.site import Site
 
 
 class Patch:
-    """A patched pipeline: what is in force, and the way back. Made by `patch`.
+    """A patched pipeline: its settings, and the way back. Made by `patch`.
 
     Args:
         pipe: the pipeline, held weakly.
-        family: what it shares with its copies.
-        settings: what is in force for calls that begin from now on, unless `using` says otherwise.
+        family: the state that it shares with its copies.
+        settings: those of calls that begin from now on, unless `using` says otherwise.
 
     Attributes:
         slots: the text encoders that the pipeline had when it was patched.
@@ -78,13 +78,13 @@ class Patch:
 
     @property
     def tally(self) -> Tally:
-        """What rows are counted in, together with the pipeline's copies."""
+        """The counts of rows, shared with the pipeline's copies."""
         found: Tally = self.family.tally
         return found
 
     @property
     def in_force(self) -> Settings:
-        """What is in force in this context: what `using` bound here, or else the default."""
+        """The settings in force in this context: those that `using` bound here, or else the default."""
         return binding(self) or binding(self.family) or self.settings
 
     @property
@@ -94,12 +94,12 @@ class Patch:
 
     @property
     def stage(self) -> Stage:
-        """Where it is applied: "embeds" or "kv"."""
+        """The stage at which the policy is applied: "embeds" or "kv"."""
         return self.in_force.applied
 
     @property
     def on_unknown(self) -> str:
-        """What happens in this context to rows that would go unedited."""
+        """The action in this context for rows that would go unedited."""
         return self.in_force.on_unknown
 
     def attach(self) -> None:
@@ -115,12 +115,12 @@ class Patch:
 
     @property
     def sites(self) -> list[Site]:
-        """The UNet and the ControlNets that the pipeline reads with."""
+        """The sites of the pipeline's UNet and ControlNets."""
         return self.attached.sites
 
     @property
     def lost(self) -> str | None:
-        """Why layers that were put in place are not reached by now; None where all are."""
+        """The reason why layers with memkern's processors are no longer reached; None if all are reached."""
         return self.attached.lost(self.pipe)
 
     def check(self, settings: Settings) -> None:
@@ -138,10 +138,10 @@ class Patch:
             check_layers(policy, [name for name, _ in layers])
 
     def update(self, policy: Policy | str | None = None, **settings: Any) -> None:
-        """Change what is in force for calls that begin from now on; what is not named stays. Checked before it takes
-        effect.
+        """Change the settings of calls that begin from now on; settings that are not named stay. All are checked before
+        they take effect.
 
-        A text encoder or UNet that was exchanged since is taken in place of the former one.
+        A text encoder or UNet that was exchanged since then takes the place of the former one.
 
         Args:
             policy, settings: as those of `patch`.
@@ -163,48 +163,48 @@ class Patch:
         """Restore the pipeline: every hook and attribute is the object it was. A second call does nothing.
 
         Raises:
-            RuntimeError: something else was put in place of memkern's `encode_prompt`; it is to go first.
+            RuntimeError: something else was put in place of memkern's `encode_prompt`; remove that first.
         """
         if not self.is_removed:
             self.family.restore(self)
 
     @property
     def replaced_by(self) -> object | None:
-        """What stands in place of memkern's `encode_prompt`, if something else was put there since."""
+        """The object that has replaced memkern's `encode_prompt` since; None if nothing has."""
         found: Any = vars(self.pipe).get(outputs.method(self.pipe))
-        # Put back by hand, what the class has is not something else.
+        # The class's own method, put back by hand, is no replacement.
         same = getattr(found, "__func__", None) is getattr(type(self.pipe), outputs.method(self.pipe))
         return None if same and found.__self__ is self.pipe else found
 
     def status(self) -> Status:
-        """What is in force, where, and what the last prompts were."""
+        """The settings in force, the sites, and the last prompts."""
         return Status.of(self)
 
     def direct(self) -> Session:
-        """The session of what is done outside any call of the pipeline."""
+        """The session for work outside any call of the pipeline."""
         return self._direct or self.begin_direct(self.pipe)
 
     def begin_direct(self, pipe: Any) -> Session:
-        """A prompt is encoded outside any call of the pipeline."""
+        """Begin the session of a prompt that is encoded outside any call of the pipeline."""
         self._direct = Session(self.in_force, pipe, self)
         return self._direct
 
     @contextmanager
     def encoding(self, branch: Branch = "cond") -> Iterator[Callable[..., torch.Tensor]]:
-        """Direct text-encoder calls inside count as encoding prompts of `branch`: their pads are swapped.
+        """Let direct text-encoder calls inside count as encoding prompts of `branch`: their pads are swapped.
 
         Yields:
-            A function that applies the policy's edits to the embeddings `[B, L, D]` made inside, after
-            whatever weighting, of both text encoders side by side where there are two; what it returns is
-            recognised by the pipeline as edited:
+            A function that applies the policy's edits to the embeddings `[B, L, D]` made inside, after any
+            weighting, with both text encoders side by side where there are two. The pipeline recognises its
+            result as edited:
 
                 with patch.encoding("cond") as edited:
                     embeds = pipe.text_encoder(input_ids)[0]
                     embeds = edited(embeds)
 
-            Embeddings of several windows, as compel and sd_embed make them, were made by a call for each. Where there
-            were others in between (weighted words), say which ids they are of: `edited(embeds, input_ids)`, ids
-            `[B, L]`; windows behind those are taken as empty prompts', which fill up the shorter of two prompts.
+            Embeddings of several windows, as compel and sd_embed make them, need one encoder call per window. If there
+            were other calls in between (weighted words), pass their ids: `edited(embeds, input_ids)`, ids `[B, L]`.
+            Windows after the ids count as those of empty prompts, which fill up the shorter of two prompts.
         """
         if branch not in BRANCHES:
             raise ValueError(f"branch: expected one of {', '.join(BRANCHES)}, got {branch!r}")
@@ -213,7 +213,7 @@ class Patch:
             yield edited
 
     def called_outside(self) -> None:
-        """A text encoder was called, and not by a patched `encode_prompt`."""
+        """Handle a text-encoder call that no patched `encode_prompt` made."""
         session = current()
         if session is None or session.patch is not cast(Owner, self):
             session = Session(self.in_force, self._pipe(), self)
@@ -227,14 +227,14 @@ class Patch:
 
     @staticmethod
     def maker_among(holders: list[Patch], context: torch.Tensor) -> Patch | None:
-        """Which of several patches made the rows of a context `[B, L, D]`; None if none did."""
+        """The patch among `holders` that made the rows of a context `[B, L, D]`; None if none did."""
         made = [row.maker() for row in LEDGER.recall(context) if row is not None and row.maker is not None]
         return next((holder for maker in made for holder in holders if holder.family is maker), None)
 
 
 @contextmanager
 def in_force(patch: Patch, settings: Settings, whole_family: bool) -> Iterator[None]:
-    """Let checked `settings` be in force in this context, and the UNet have what they need."""
+    """Put checked `settings` in force in this context, and on the UNet the processors that they need."""
     needs = _Needs()
     patch.attached.hold(settings, needs=needs)
     try:
@@ -245,4 +245,4 @@ def in_force(patch: Patch, settings: Settings, whole_family: bool) -> Iterator[N
 
 
 class _Needs:
-    """Stands for a `with` block among those who need something of a site."""
+    """Stands for a `with` block among the users of a site."""

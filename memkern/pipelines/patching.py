@@ -19,7 +19,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _takes_settings(function: Function) -> Function:
-    """Let the signature say what `**settings` are: their names and defaults are written once, in `Settings`."""
+    """Show `**settings` in the signature by name and default, which are written only once, in `Settings`."""
     signature = inspect.signature(function)
     named = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     known = {one.name for one in named}
@@ -37,24 +37,25 @@ def patch(pipe: Any, policy: Policy | str = "swap-pad-zero-eot", **settings: Any
     """Protect a diffusers pipeline: from now on its prompts are edited as `policy` says.
 
     Args:
-        pipe: a pipeline whose context comes from CLIP (see `memkern.support`). Patching it again replaces what is in
-            force and returns the same `Patch`.
+        pipe: a pipeline whose context comes from CLIP (see `memkern.support`). Patching it again replaces the
+            settings and returns the same `Patch`.
         policy: a `Policy` or a preset's name; the default is method 1 of Kim & No (arXiv 2605.02908).
-        backend: of the operators, one of `memkern.ops.BACKENDS`; "auto".
-        on_unknown: what happens when rows would go unedited, such as raw `prompt_embeds`: "raise" an
+        backend: the backend of the operators, one of `memkern.ops.BACKENDS`. Default "auto".
+        on_unknown: the action when rows would go unedited, such as raw `prompt_embeds`: "raise" an
             `UnmitigatedError` (the default), "warn" with an `UnmitigatedWarning`, or "pass".
-        accelerate: whether the UNet's cross-attention layers are computed by memkern where that is faster;
-            False leaves the UNet's own computation as it is, at the embeds stage; "attention" leaves out that equal
-            rows go through the UNet's first self-attention once. True.
-        memory: how much may be kept of the contexts of one call of the pipeline: bytes as an int, or a share of the
-            device's whole memory as a float. What does not fit is computed anew at each step. By default 1/32 of the
-            device's memory, and 256 MiB at the most.
-        stage: where the policy is applied. "embeds": once, on the text encoder's output. "kv": on the keys and
-            values of the UNet's cross-attention layers, which actions on logits and windows of layers and steps
-            need. "auto": on the embeddings where that can express the policy. Both give the same image. "auto".
-        controlnet: whether the cross-attention of the pipeline's ControlNets is treated as the UNet's is. Edited
-            embeddings reach it in any case; False leaves its own keys and values, and its speed, alone. True.
-        report: called with a `Record` of each call of the pipeline; None.
+        accelerate: whether memkern computes the UNet's cross-attention layers where that is faster, and equal rows
+            of its first self-attention only once. "attention" does only the former. False leaves the UNet's own
+            computation as it is, at the embeds stage. Default True.
+        memory: the most that may be kept of the contexts of one call of the pipeline: bytes as an int, or a share of
+            the device's whole memory as a float. The rest is computed again at each step. By default 1/32 of the
+            device's memory, at most 256 MiB.
+        stage: the stage at which the policy is applied. "embeds": once, on the text encoder's output. "kv": on the
+            keys and values of the UNet's cross-attention layers, which actions on logits and windows of layers and
+            steps need. "auto": on the embeddings where they can express the policy. Both give the same image.
+            Default "auto".
+        controlnet: whether the cross-attention of the pipeline's ControlNets is treated like the UNet's. Edited
+            embeddings reach it in any case; False leaves its keys, values and speed alone. Default True.
+        report: a function that is called with a `Record` of each call of the pipeline. Default None.
 
     Returns:
         The `Patch`.
@@ -84,7 +85,7 @@ def unpatch(pipe: object) -> None:
 
 
 def status(pipe: object) -> Status:
-    """What is in force on `pipe`, where, and what its last prompts were: a value to print."""
+    """The status of `pipe`: its settings, its sites and its last prompts, as a value to print."""
     found = find(pipe)
     return Status(patched=False) if found is None else found.status()
 
@@ -92,11 +93,11 @@ def status(pipe: object) -> Status:
 @_takes_settings
 @contextmanager
 def using(pipe: Any, policy: Policy | str | None = None, **settings: Any) -> Iterator[Patch]:
-    """Let other settings be in force for calls of a patched pipeline that are made in this context, and no others.
+    """Use other settings for the calls of a patched pipeline that are made in this context, and for no others.
 
-    A context is a thread or an asyncio task (`contextvars`): requests beside it do not see it, and `asyncio.to_thread`
-    takes it along. Blocks nest; what is not named stays as it is around the block. "none" leaves prompts
-    unprotected by choice.
+    A context is a thread or an asyncio task (`contextvars`): other requests at the same time do not see the settings,
+    and `asyncio.to_thread` takes them along. Blocks nest; settings that are not named stay as they are around the
+    block. "none" leaves prompts unprotected by choice.
 
         with memkern.using(pipe, "zero-pad:0.4"):
             pipe("a cat")
@@ -125,8 +126,8 @@ def using(pipe: Any, policy: Policy | str | None = None, **settings: Any) -> Ite
 def patched(pipe: Any, policy: Policy | str = "swap-pad-zero-eot", **settings: Any) -> Iterator[Patch]:
     """`patch` for the length of a `with` block.
 
-    On a pipeline that is patched it is `using`. One that is not is patched, and restored in any case when the last of
-    the blocks that need it has ended.
+    On a patched pipeline it acts as `using`. Any other pipeline is patched, and restored in any case when the last
+    block that needs the patch has ended.
 
     Args:
         pipe, policy, settings: as those of `patch`.

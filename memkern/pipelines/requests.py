@@ -1,4 +1,4 @@
-"""A call of a patched pipeline from its beginning to its end, and prompts that are encoded outside any."""
+"""A call of a patched pipeline from its beginning to its end, and prompts that are encoded outside any call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .unet.call import CALL
 
 @contextmanager
 def request(patch: Patch, pipe: Any) -> Iterator[Session]:
-    """A call of a pipeline: it keeps what is in force now until its end, whoever unpatches meanwhile.
+    """A call of a pipeline: it keeps its settings until its end, even if the pipeline is unpatched meanwhile.
 
     Args:
         pipe: the pipeline that is called.
@@ -51,7 +51,7 @@ def encode_prompt(patch: Patch, pipe: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _follow(patch: Patch, session: Session) -> None:
-    """Say what another tool has taken out; look at what reaches an exchanged UNet all the same."""
+    """Report what another tool has taken out; still check the rows that reach an exchanged UNet."""
     lost, settings = patch.lost, session.settings
     if lost is not None:
         again = f"{lost} since it was patched; call memkern.patch(pipe) or patch.update() again"
@@ -77,7 +77,7 @@ def _finish(patch: Patch, session: Session) -> None:
         try:
             session.settings.report(record)
         except Exception:
-            # Neither a finished image nor a refusal is lost for it.
+            # An error in it costs neither a finished image nor a refusal.
             log.exception("report raised")
 
 

@@ -1,7 +1,7 @@
-"""Requests: what is in force for one, what it encoded, what reached the UNet, and whom it tells.
+"""Requests: the settings of one, the rows that it encoded, the rows that reached the UNet, and its reports.
 
-What belongs to a request lives on its `Session`, never on the pipeline: requests in threads and tasks, shallow copies
-and pipelines that share parts do not meet. A session is found through the current context (`contextvars`).
+The state of a request is on its `Session`, never on the pipeline: requests in threads and tasks, shallow copies and
+pipelines that share parts do not mix. A session is found through the current context (`contextvars`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger("memkern")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is in force; see `memkern.patch` for each.
+    """The settings in force; see `memkern.patch` for each.
 
     Raises:
         TypeError, ValueError: a value that is not one of those allowed, or a stage that cannot express the policy.
@@ -76,39 +76,39 @@ class Settings:
 
     @classmethod
     def names(cls) -> set[str]:
-        """What can be set."""
+        """The names of the settings."""
         return {setting.name for setting in fields(cls)}
 
     @property
     def applied(self) -> Stage:
-        """Where the policy is applied: on the embeddings if that can express it, unless asked otherwise."""
+        """The stage at which the policy is applied: "embeds" if that can express it, unless asked otherwise."""
         if self.stage == "auto":
             return "kv" if self.policy.kv_reasons() else "embeds"
         return self.stage
 
     @property
     def needs_processors(self) -> bool:
-        """Whether the UNet's cross-attention layers are computed here."""
+        """True if memkern computes the UNet's cross-attention layers."""
         return bool(self.accelerate) or self.applied == "kv"
 
     @property
     def edits(self) -> bool:
-        """Whether any row is changed."""
+        """True if any row is changed."""
         return self.policy.touches("cond") or self.policy.touches("uncond")
 
     def changed(self, policy: Policy | str | None = None, **changes: Any) -> Settings:
-        """These with others in place of those that are named and not None."""
+        """The settings with other values for those that are named and not None."""
         unknown = sorted(changes.keys() - self.names())
         if unknown:
             raise TypeError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(self.names()))}")
-        # None is a report's own value: it takes one out.
+        # None is a value of `report`: it takes the report out.
         changes = {name: value for name, value in changes.items() if value is not None or name == "report"}
         if policy is not None:
             changes["policy"] = policy
         return replace(self, **changes) if changes else self
 
     def serves(self, row: KnownRow) -> bool:
-        """Whether a row is what a request with these settings makes, or one that they leave alone."""
+        """True if a request with these settings makes such a row, or leaves it alone."""
         return row.serves(self.policy, self.applied) or not (row.unedited or self.policy.touches(row.branch))
 
 
@@ -119,7 +119,7 @@ class Counts:
     Attributes:
         protected: rows of prompts, one per image, that reached the UNet edited.
         exempt: rows of prompts whose policy leaves them alone, such as "none".
-        unedited: rows, of prompts and negative prompts, that should have been edited, reached the UNet and were not.
+        unedited: rows of prompts and negative prompts that should have been edited, and reached the UNet unedited.
         refused: requests that raised for a row that would have been unedited.
     """
 
@@ -140,12 +140,12 @@ class Record:
     """One call of a patched pipeline, as `patch(..., report=…)` gets it.
 
     Attributes:
-        policy, stage: what was in force.
-        rows: branch → how many rows were encoded.
-        edits: of each encoded row its roles and what was done to how many positions (`PromptStatus`).
+        policy, stage: those that were in force.
+        rows: branch → the number of rows that were encoded.
+        edits: for each encoded row its roles and the number of positions of each edit (`PromptStatus`).
         protected, exempt, unedited, refused: as in `Counts`.
         reasons: why rows went through unedited, or were refused.
-        kept: bytes that the call kept of its contexts at the most.
+        kept: the most bytes that the call kept of its contexts.
     """
 
     policy: Policy
@@ -173,13 +173,13 @@ class Tally:
         self._total, self._lock = Counts(), threading.Lock()
 
     def add(self, counts: Counts) -> None:
-        """Count what a request came to."""
+        """Add the counts of a request."""
         with self._lock:
             self._total += counts
 
     @property
     def total(self) -> Counts:
-        """All since patching."""
+        """The counts since patching."""
         return self._total
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
@@ -190,17 +190,17 @@ class Tally:
 
 
 class Shared(Protocol):
-    """What a pipeline and its copies have in common, as far as a session needs it."""
+    """The state that a pipeline shares with its copies, as far as a session needs it."""
 
     chooser: Chooser
 
 
 class Owner(Protocol):
-    """What a session knows of the patch it belongs to."""
+    """The parts of its patch that a session knows."""
 
     @property
     def family(self) -> Shared:
-        """What the pipeline shares with its copies."""
+        """The state that the pipeline shares with its copies."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -216,32 +216,32 @@ class Owner(Protocol):
 
     @property
     def tally(self) -> Tally:
-        """What its rows are counted in."""
+        """The counts of its rows."""
 
     def called_outside(self) -> None:
-        """A text encoder was called, and not by a patched `encode_prompt`."""
+        """Handle a text-encoder call that no patched `encode_prompt` made."""
 
 
 class Session:
     """One request's view of a patched pipeline.
 
     Args:
-        settings: what is in force for all of it.
+        settings: those in force for all of it.
         pipe: the pipeline that is called, which may be a copy of the one that was patched.
         patch: the `Patch` it is counted for.
 
     Attributes:
-        number: counts the sessions.
-        rows: what it encoded or was given, by value.
-        calls: what the text encoders read last, by branch.
-        encoded: how many rows it encoded, by branch.
-        kept: what is kept of contexts, by the UNet that reads them.
-        layers: cross-attention layer → what it did.
-        shared: self-attention → how many of its rows it computed, where others were equal.
+        number: a running number.
+        rows: those that it encoded or was given, by value.
+        calls: the last calls of the text encoders, by branch.
+        encoded: the number of rows that it encoded, by branch.
+        kept: the contexts, by the site of the UNet that reads them.
+        layers: cross-attention layer → its choice of a path.
+        shared: self-attention → the number of rows that it computed, where others were equal.
         unreached: layers that should have been edited and were not, and why.
         left_alone: why layers were left to their own processors where acceleration was asked for.
         reasons: why rows went through unedited, or were refused.
-        size: bytes that it kept of contexts at the most.
+        size: the most bytes that it kept of contexts.
     """
 
     def __init__(self, settings: Settings, pipe: Any, patch: Owner) -> None:
@@ -276,7 +276,7 @@ class Session:
         return patch
 
     def rank(self, row: KnownRow) -> int:
-        """How well a row fits this request, among rows of the same values that were made for different purposes."""
+        """The rank of a row for this request, among rows of the same values that were made for different purposes."""
         own = row.maker is not None and row.maker() is self.patch.family
         if row.is_plain and not own:
             # Values that any encoder makes are not taken for another pipeline's.
@@ -286,43 +286,43 @@ class Session:
         return 2 if self.settings.serves(row) else int(own)
 
     def unmitigated(self, reason: str) -> None:
-        """Rows go through unedited: raise, warn or pass, as `on_unknown` says; a reason is given once.
+        """Report rows that go through unedited: raise, warn or pass, as `on_unknown` says; a reason is logged once.
 
         Raises:
             UnmitigatedError: `on_unknown` is "raise".
         """
-        chosen, told = self.settings.on_unknown, reason in self.reasons
+        chosen, logged = self.settings.on_unknown, reason in self.reasons
         self.reasons[reason] = None
         message = f"memkern: this prompt would not be protected: {reason} (on_unknown={chosen!r})"
         if chosen == "raise":
             self._refused = 1
             raise UnmitigatedError(message)
-        if not told:
+        if not logged:
             log.warning("%s", message)
             if chosen == "warn":
                 warnings.warn(message, UnmitigatedWarning, stacklevel=3)
 
     def outcome(self, row: KnownRow, outcome: Outcome) -> None:
-        """A known row reached the UNet; once unedited it stays so."""
+        """Note that a known row reached the UNet; once unedited it stays so."""
         if self._outcomes.get(id(row), ("", None))[0] != "unedited":
             self._outcomes[id(row)] = outcome, row
 
     def strangers(self, count: int) -> None:
-        """Rows that nobody knows reached the UNet."""
+        """Note that `count` unknown rows reached the UNet."""
         for _ in range(count):
             self._outcomes[-len(self._outcomes) - 1] = "unedited", None
 
     @property
     def counts(self) -> Counts:
-        """What it has come to by now."""
+        """The counts up to now."""
         if self._refused:
-            # What reached the UNet before that makes no image.
+            # Rows that reached the UNet before the refusal make no image.
             return Counts(refused=self._refused)
         found = Counter(outcome for outcome, _ in self._outcomes.values())
         return Counts(found["protected"], found["exempt"], found["unedited"])
 
     def room(self, device: torch.device) -> int:
-        """Bytes that may be kept of contexts besides those that are."""
+        """The bytes of contexts that may still be kept."""
         return max(0, bytes_of(self.settings.memory, device) - self._kept_now)
 
     @property
@@ -330,11 +330,11 @@ class Session:
         return sum(contexts.size for contexts in tuple(self.kept.values()))
 
     def keeps(self) -> None:
-        """More is kept of a context than before."""
+        """Note that more is kept of a context than before."""
         self.size = max(self.size, self._kept_now)
 
     def close(self) -> None:
-        """The request is over: what it kept is given back; what it came to is told by `status`."""
+        """End the request: free what it kept; `status` still shows its results."""
         self.kept.clear()
         self.rows = RowTable()
 
@@ -351,7 +351,7 @@ _SESSION: ContextVar[Session | None] = ContextVar("memkern_session", default=Non
 
 @dataclass(eq=False)
 class _Binding:
-    """What one block has bound, and whether it has not ended."""
+    """The settings that one block has bound, and whether it is still open."""
 
     owner: object
     settings: Settings
@@ -378,16 +378,16 @@ def entered(session: Session) -> Iterator[Session]:
 
 @contextmanager
 def bound(owner: object, settings: Settings) -> Iterator[None]:
-    """Let `settings` be in force for `owner` in this context."""
+    """Put `settings` in force for `owner` in this context."""
     own = _Binding(owner, settings)
     _BOUND.set((*(one for one in _BOUND.get() if one.holds), own))
     try:
         yield
     finally:
-        # Blocks of generators need not end in the order in which they began, nor in the thread.
+        # Blocks of generators need not end in the order in which they began, nor in the same thread.
         own.holds = False
 
 
 def binding(owner: object) -> Settings | None:
-    """What is bound to `owner` in this context, the innermost; None if nothing is."""
+    """The innermost settings bound to `owner` in this context; None if there are none."""
     return next((one.settings for one in reversed(_BOUND.get()) if one.holds and one.owner is owner), None)

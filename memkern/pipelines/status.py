@@ -1,4 +1,4 @@
-"""What is in force on a pipeline and what it came to, as a value to print."""
+"""The status of a pipeline, its settings and its results, as a value to print."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SEEN = {"embeds": "edits of embeddings", "kv": "roles"}
 
 @dataclass(frozen=True)
 class PromptStatus:
-    """One encoded row: its branch, its positions per role, and what was done to how many of them.
+    """One encoded row: its branch, its positions per role, and the number of them that each edit changed.
 
     `encoder` names the text encoder where there are several.
     """
@@ -35,7 +35,7 @@ class PromptStatus:
 
     @property
     def changes(self) -> str:
-        """What was done to the row, in words."""
+        """The edits of the row, in words."""
         parts = [f"{count} {effect}" for effect, count in self.edited.items()]
         if self.reembedded:
             parts.append(f"{self.reembedded} PAD re-embedded")
@@ -48,22 +48,22 @@ class PromptStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What is in force on a pipeline.
+    """The settings in force on a pipeline, and the results of its last call.
 
     Attributes:
         patched: whether it is patched; if not, the rest is empty.
         policy: the policy in force in this context.
-        sites: what was replaced.
+        sites: the parts that were replaced.
         backend: the backend asked for, the one in use for CPU tensors, and why not another.
-        on_unknown: what happens to rows that would go unedited.
-        layers: cross-attention layer → what it did with the last context, and the times behind that.
-        shared: self-attention → how many rows it computed in the last call, the others being equal.
-        reached: what of the last call did not reach the UNet as the policy asks for, and why.
+        on_unknown: the action for rows that would go unedited.
+        layers: cross-attention layer → its path for the last context, and the times behind that.
+        shared: self-attention → the number of rows it computed in the last call, the others being equal.
+        reached: the parts of the last call that did not reach the UNet as the policy asks for, and why.
         kept: bytes that the last call kept of its contexts.
-        turned_down: bytes more that it would have kept, had `memory` had room for them.
+        turned_down: further bytes that it would have kept if `memory` had room for them.
         counts: rows since the pipeline was patched.
-        notes: what else a user should know.
-        prompts: the rows of the last `encode_prompt`, and what the policy does to each.
+        notes: other facts that a user should know.
+        prompts: the rows of the last `encode_prompt`, and the policy's edits of each.
     """
 
     patched: bool
@@ -134,7 +134,7 @@ def _turned_down(session: Session) -> int:
 
 
 def edits_of(session: Session) -> tuple[PromptStatus, ...]:
-    """What was done to each row that a session encoded; nothing where it reached the UNet unedited."""
+    """The edits of each row that a session encoded; none where it reached the UNet unedited."""
     cond = session.calls.get("cond")
     untouched = bool(session.reasons)
     return tuple(
@@ -153,7 +153,7 @@ def edits_of(session: Session) -> tuple[PromptStatus, ...]:
 
 
 def _reached(session: Session) -> tuple[str, ...]:
-    """What of a session's call did not reach the UNet as its policy asks for."""
+    """The parts of a session's call that did not reach the UNet as its policy asks for."""
     lines = [f"{name}: {cause}" for name, cause in session.unreached.items()]
     return (*lines, *(reason for reason in session.reasons))
 
@@ -167,7 +167,7 @@ def describe(
     *,
     named: bool = False,
 ) -> list[PromptStatus]:
-    """What `policy` does to each row of one text-encoder call.
+    """The edits by `policy` of each row of one text-encoder call.
 
     Args:
         cond: the prompts that the rows are paired with.
@@ -235,7 +235,7 @@ def _notes(patch: Any) -> tuple[str, ...]:
     made = [] if patch.last is None else [getattr(choice, "unkept", ()) for choice in patch.last.layers.values()]
     if any(made):
         why = dict.fromkeys(reason for reasons in made for reason in reasons)
-        notes.append(f"keys and values are made anew at each step where {'; '.join(why)}")
+        notes.append(f"keys and values are computed again at each step where {'; '.join(why)}")
     others = [kind for site in patch.sites for kind in foreign(site.module)]
     if others:
         kinds = ", ".join(sorted(set(others)))

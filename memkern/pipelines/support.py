@@ -1,4 +1,4 @@
-"""What would be patched in a pipeline and what not, before anything is."""
+"""The report on a pipeline before it is patched: the parts that would be patched, and those that would not."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .unet.processor import former_of
 
 @dataclass(frozen=True)
 class Support:
-    """What `memkern.support` found; falsy for a pipeline that cannot be patched.
+    """The result of `memkern.support`; falsy for a pipeline that cannot be patched.
 
     Attributes:
         pipeline: the class's name.
         refusals: why it cannot be patched at all; empty if it can.
-        sites: what would be patched.
-        kv_refusals: why the kv stage is not to be had; empty if it is.
-        left: layer → why it keeps its own processor, or its modules being called.
+        sites: the parts that would be patched.
+        kv_refusals: why the kv stage is refused; empty if it is not.
+        left: layer → why it keeps its own processor, or why its modules are still called.
     """
 
     pipeline: str
@@ -43,10 +43,10 @@ class Support:
 
 
 def support(pipe: Any) -> Support:
-    """What `memkern.patch(pipe)` would do.
+    """The effect that `memkern.patch(pipe)` would have.
 
     Returns:
-        A `Support`, to print or to ask: `if memkern.support(pipe): …`.
+        A `Support`, to print or to test: `if memkern.support(pipe): …`.
 
     Raises:
         TypeError: `pipe` is not a diffusers pipeline.

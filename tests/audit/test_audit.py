@@ -230,7 +230,7 @@ def test_a_full_disk_keeps_what_was_made(tmp_path, monkeypatch):
         return saved(self, path, *args, **options)
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space left on device; what was made stays, run again to go on"):
+    with pytest.raises(OSError, match="No space left on device; finished images stay, run again to continue"):
         run(tmp_path)
     assert len(files(tmp_path)) == 2
     assert not list(tmp_path.rglob("*.partial"))

@@ -98,7 +98,7 @@ def test_prompts_are_added_at_the_end(tmp_path):
     prompts.write_text("a red circle\na blue square\n")
     run(tmp_path / "out", **given)
     prompts.write_text("a green star\na red circle\na blue square\n")
-    with pytest.raises(ValueError, match="holds 'a red circle' as 0000, asked for is 'a green star'; add prompts at"):
+    with pytest.raises(ValueError, match="holds 'a red circle' as 0000, but the requested one is 'a green star'; add"):
         run(tmp_path / "out", **given)
 
 

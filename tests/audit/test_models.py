@@ -125,7 +125,7 @@ def test_g34_a_loaded_pipeline(embedded, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "dtype: the pipeline is torch.float32, asked for is float16"),
+        ({"dtype": "float16"}, "dtype: the pipeline is torch.float32, not float16"),
         ({"loras": ["x.safetensors"]}, "lora: there is no file"),
         ({"config": "x"}, "config, loras: a loaded pipeline has its own"),
     ],

@@ -59,13 +59,13 @@ def test_files_of_the_summary(tmp_path):
     table = rows({"none": [[0.25], [0.75]], "a|b_&": [[1.0], [1.0]]}, seconds=1.0)
     write_summary(tmp_path, table, 0.5)
     markdown = (tmp_path / "summary.md").read_text().splitlines()
-    assert markdown[0] == "| method | pixel correlation with the unmitigated picture |"
+    assert markdown[0] == "| method | pixel correlation with the unmitigated image |"
     assert markdown[2].startswith("| none | 0.500 (0.250–0.750) |")
     assert markdown[3].startswith("| a\\|b_& | 1.000")
     latex = (tmp_path / "summary.tex").read_text()
     assert latex == (
         "\\begin{tabular}{lr}\n"
-        "method & pixel correlation with the unmitigated picture \\\\ \\hline\n"
+        "method & pixel correlation with the unmitigated image \\\\ \\hline\n"
         "none & 0.500 (0.250--0.750) \\\\\n"
         "a|b\\_\\& & 1.000 (1.000--1.000) \\\\\n"
         "\\end{tabular}\n"

@@ -14,7 +14,7 @@ from test_parity import PRESETS
 import memkern
 from memkern import demo
 from memkern.demo.judge import ATTRIBUTES, COPY
-from memkern.demo.measure import paint
+from memkern.demo.measure import generate
 
 SEEDS = (0,)  # 16 pictures a policy: margins are wide, and more seeds cost a minute
 
@@ -34,7 +34,7 @@ def correlations(pipe):
     @functools.cache
     def measured(policy):
         with memkern.patched(pipe, policy):
-            pictures = paint(pipe, captions, SEEDS)
+            pictures = generate(pipe, captions, SEEDS)
         return np.array(
             [[demo.correlation(x, image) for x in row] for row, image in zip(pictures, training, strict=True)]
         )
@@ -78,7 +78,7 @@ def test_zeroing_eot_alone_is_no_cure(correlations):
 @pytest.mark.parametrize("policy", ["none", "swap-pad-zero-eot", "zero-pad:0.7"])
 def test_ordinary_captions_survive(pipe, policy):
     with memkern.patched(pipe, policy):
-        pictures = paint(pipe, demo.ordinary(), SEEDS)
+        pictures = generate(pipe, demo.ordinary(), SEEDS)
     verdicts = [demo.judge(row[0], scene) for row, scene in zip(pictures, demo.scenes(), strict=True)]
     means = {name: np.mean([verdict[name] for verdict in verdicts]) for name in ATTRIBUTES}
     assert means["colour"] > 0.8

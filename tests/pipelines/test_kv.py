@@ -229,7 +229,7 @@ def test_rows_that_nobody_encoded(sd1, plain, on_unknown, raised):
     call = Direct(sd1)
     strange = torch.randn(77, 32, generator=torch.Generator().manual_seed(1))
     if raised:
-        with pytest.raises(memkern.UnmitigatedError, match="1 of 2 rows of what the UNet reads"):
+        with pytest.raises(memkern.UnmitigatedError, match="1 of 2 rows that the UNet reads"):
             call(call.uncond[0], strange)
         return
     if on_unknown == "warn":

@@ -65,7 +65,7 @@ def test_a_compiled_unet_is_looked_at_as_well(tokenizers):
 
     options = {"num_inference_steps": 2, "output_type": "latent"}
     pipe("a cat", **options)
-    with pytest.raises(memkern.UnmitigatedError, match="2 of 2 rows of what the UNet reads"):
+    with pytest.raises(memkern.UnmitigatedError, match="2 of 2 rows that the UNet reads"):
         pipe("a cat", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"], **options)
 
 
@@ -111,5 +111,5 @@ def test_one_graph_and_no_break(tokenizers, way):
             call(sample, torch.tensor(5), torch.cat([uncond, cond]))
         assert len(graphs) == 1
         assert not torch._dynamo.utils.counters["graph_break"]
-        with pytest.raises(memkern.UnmitigatedError, match="2 of 2 rows of what the UNet reads"):
+        with pytest.raises(memkern.UnmitigatedError, match="2 of 2 rows that the UNet reads"):
             call(sample, torch.tensor(5), torch.randn(2, 77, 32))

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def told(monkeypatch, caplog):
     """What is logged once in a process, as if it were a new one."""
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_logged", set())
     caplog.set_level(logging.WARNING, "memkern")
     return lambda: [record.getMessage() for record in caplog.records]
 
@@ -277,7 +277,7 @@ def test_a_damaged_or_foreign_table_is_passed_by_and_told_once(tmp_path, timed, 
     assert choice(Chooser(True, 9, tmp_path)).times == Times(timed.milliseconds, measured=True)
     choice(Chooser(True, 9, tmp_path), queries=24)
     assert len(told()) == 1
-    assert f"{path} is passed by, being no table of this device and version: " in told()[0]
+    assert f"{path} is ignored, as it is no table of this device and version: " in told()[0]
     # What was found since is in a whole one.
     assert len(json.loads(path.read_text())["times"]) == 2
 
@@ -305,7 +305,7 @@ def test_a_folder_that_cannot_be_written_is_passed_by_and_told_once(tmp_path, ti
     assert len(timed()) == 2
     assert len(told()) == 1
     assert "no choice of paths can be kept in" in told()[0]
-    assert told()[0].endswith("; another process may choose otherwise")
+    assert told()[0].endswith("; another process may choose differently")
 
 
 def test_nothing_is_kept_where_that_is_off(tmp_path, timed, monkeypatch):

@@ -120,7 +120,7 @@ def test_different_prompts_at_the_kv_stage(sdxl):
     memkern.patch(sdxl, "ren:1.25")
     encode(sdxl, ["a cat"], prompt_2=["a dog"])
     with pytest.raises(
-        memkern.UnmitigatedError, match="its tokenizers split it differently, so that a key is of different roles: key"
+        memkern.UnmitigatedError, match="its tokenizers split it differently, so that a key has different roles: key"
     ):
         encode(sdxl, ["a cat"], prompt_2=["a very long dog"])
 

@@ -1,4 +1,4 @@
-"""What an audit measures on pictures: one class per metric behind one protocol, batched, on any device."""
+"""The metrics of an audit on images: one class per metric behind one protocol, batched, on any device."""
 
 from .choose import Weights, metrics
 from .metric import Metric, Shown

@@ -1,4 +1,4 @@
-"""Which metrics an audit has: those whose weights were given."""
+"""The metrics of an audit: those whose weights were given."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .sscd import CopyDetection
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights of the metrics lie; what is None is not measured, and named.
+    """The paths of the weights of the metrics; a metric whose path is None is skipped, with a note.
 
     Attributes:
         sscd: TorchScript (".pt") or ONNX (".onnx").
         sscd_size: 288 or 320; by default 320 for a file named "large", as "sscd_disc_large", else 288.
         clip: a CLIP model, a folder or hub name, or "open_clip:ARCHITECTURE/WEIGHTS".
-        aesthetic: a linear head on that model's embedding of pictures.
+        aesthetic: a linear head on that model's embedding of images.
         lpips: torchvision's AlexNet.
     """
 
@@ -32,17 +32,17 @@ class Weights:
 
 
 def metrics(weights: Weights, device: str) -> tuple[list[Metric], list[str]]:
-    """The metrics that can be had, and for each that cannot a line that says how to get it.
+    """The metrics with weights, and for each without them a line that says how to get them.
 
     Raises:
-        FileNotFoundError, ValueError: weights that are not there, or of another kind.
+        FileNotFoundError, ValueError: weights that are missing, or of another kind.
     """
     found: list[Metric] = [PixelSimilarity()]
     missing = []
     if weights.sscd is not None:
         found.append(CopyDetection(weights.sscd, weights.sscd_size, device))
     elif weights.sscd_size is not None:
-        raise ValueError("sscd_size: there is no size without weights; give sscd as well")
+        raise ValueError("sscd_size: a size needs weights; give sscd as well")
     else:
         missing.append(
             "SSCD: download sscd_disc_mixup.torchscript.pt (facebookresearch/sscd-copy-detection), --sscd PATH"
@@ -50,7 +50,7 @@ def metrics(weights: Weights, device: str) -> tuple[list[Metric], list[str]]:
     if weights.clip is not None:
         found.append(PromptAlignment(weights.clip, weights.aesthetic, device))
     elif weights.aesthetic is not None:
-        raise ValueError("aesthetic: the head is one on a CLIP model's embedding; give clip as well")
+        raise ValueError("aesthetic: the head needs a CLIP model's embedding; give clip as well")
     else:
         missing.append("CLIP score: --clip openai/clip-vit-large-patch14, or a folder with such a model")
     if weights.aesthetic is None:

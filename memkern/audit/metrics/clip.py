@@ -1,4 +1,4 @@
-"""CLIP scores, and the aesthetic score that is linear in CLIP's embedding of a picture."""
+"""CLIP scores, and the aesthetic score that is linear in CLIP's embedding of an image."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Texts = Callable[[Sequence[str]], torch.Tensor]
 
 
 class PromptAlignment:
-    """CLIP score: cosine similarity of the picture with the original prompt, and with what a method made of it.
+    """CLIP score: cosine similarity of the image with the original prompt, and with the text that a method made of it.
 
     With a linear head also the aesthetic score of Schuhmann et al. (LAION-Aesthetics): head · embedding + bias.
 
     Args:
         model: a CLIP model of transformers, a folder or hub name, or "open_clip:ARCHITECTURE/WEIGHTS", a tag or file.
         head: a file with "weight" `[1, D]` and "bias" `[1]`, or None.
-        device: where it runs.
+        device: the device that it runs on.
     """
 
     def __init__(self, model: str, head: Path | None, device: str) -> None:
@@ -66,8 +66,8 @@ def _clip(model: str, device: str) -> tuple[Images, Texts]:
     clip = CLIPModel.from_pretrained(model).to(device).eval()
     processor = CLIPProcessor.from_pretrained(model)
 
-    def images(pictures: Sequence[Image.Image]) -> torch.Tensor:
-        given = processor(images=list(pictures), return_tensors="pt").to(device)
+    def images(batch: Sequence[Image.Image]) -> torch.Tensor:
+        given = processor(images=list(batch), return_tensors="pt").to(device)
         found: torch.Tensor = clip.visual_projection(clip.vision_model(**given).pooler_output)
         return found
 
@@ -93,8 +93,8 @@ def _open_clip(model: str, device: str) -> tuple[Images, Texts]:
     clip.eval()
     tokenized = open_clip.get_tokenizer(architecture)
 
-    def images(pictures: Sequence[Image.Image]) -> torch.Tensor:
-        found: torch.Tensor = clip.encode_image(torch.stack([prepared(picture) for picture in pictures]).to(device))
+    def images(batch: Sequence[Image.Image]) -> torch.Tensor:
+        found: torch.Tensor = clip.encode_image(torch.stack([prepared(image) for image in batch]).to(device))
         return found
 
     def texts(given: Sequence[str]) -> torch.Tensor:

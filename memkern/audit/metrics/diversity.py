@@ -1,4 +1,4 @@
-"""How far the pictures of one prompt differ between seeds."""
+"""The distance between images of one prompt over seeds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SIZE = 256
 
 
 class Diversity:
-    """LPIPS distance (Zhang et al., 2018; AlexNet, at 256) to the pictures of the same prompt by other seeds, a mean.
+    """LPIPS distance (Zhang et al., 2018; AlexNet, at 256) to the images of the same prompt by other seeds, a mean.
 
     Args:
         weights: of torchvision's AlexNet ("alexnet-owt-7be5be79.pth"); the package `lpips` has its own heads.
-        device: where it runs.
+        device: the device that it runs on.
     """
 
     columns: tuple[str, ...] = ("lpips_diversity",)
@@ -29,7 +29,7 @@ class Diversity:
             import lpips
         except ImportError as error:
             raise ValueError(f"lpips: needs the package lpips: pip install memkern[audit] ({error})") from None
-        # Random weights are asked for so that nothing is downloaded; the file's replace them.
+        # Random weights avoid a download; the file's weights replace them.
         distance = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
         wanted = {name: f"features.{name.partition('.')[2]}" for name in distance.net.state_dict()}
         missing = [name for name in wanted.values() if name not in state]
@@ -48,6 +48,6 @@ class Diversity:
             if not shown.siblings:
                 found.append((None,))
                 continue
-            pictures = pixels_of([shown.image, *shown.siblings], SIZE, (0.5,) * 3, (0.5,) * 3).to(self.device)
-            found.append((float(self.distance(pictures[:1].expand_as(pictures[1:]), pictures[1:]).mean()),))
+            images = pixels_of([shown.image, *shown.siblings], SIZE, (0.5,) * 3, (0.5,) * 3).to(self.device)
+            found.append((float(self.distance(images[:1].expand_as(images[1:]), images[1:]).mean()),))
         return found

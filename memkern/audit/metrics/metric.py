@@ -1,4 +1,4 @@
-"""A measure of pictures, and what it is given."""
+"""A measure of images, and its input."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture and what it may be compared with.
+    """An image, and the texts and images to compare it with.
 
     Attributes:
         image: RGB.
-        prompt: the original prompt, whatever a method made of it.
-        text: what the picture was generated from; None where that is not known.
-        unmitigated: the unpatched pipeline's picture of the same prompt and seed.
+        prompt: the original prompt, even if a method changed it.
+        text: the text that the image was generated from; None if unknown.
+        unmitigated: the unpatched pipeline's image of the same prompt and seed.
         reference: the training image, if one is known.
-        siblings: the pictures of the same prompt and method by other seeds.
+        siblings: the images of the same prompt and method by other seeds.
     """
 
     image: Image.Image
@@ -34,22 +34,22 @@ class Shown:
 
 
 class Metric(Protocol):
-    """A measure of pictures."""
+    """A measure of images."""
 
     columns: tuple[str, ...]
     """The columns of the results that it fills."""
     described: dict[str, Any]
-    """What the manifest says of it: files by name, sizes."""
+    """The manifest's description of it: files by name, sizes."""
 
     def __call__(self, batch: Sequence[Shown]) -> list[tuple[float | None, ...]]:
-        """For each picture a value per column; None where there is nothing to compare with."""
+        """A value per column for each image; None if there is nothing to compare with."""
 
 
 def pixels_of(
-    pictures: Sequence[Image.Image], size: int, mean: tuple[float, ...], std: tuple[float, ...]
+    images: Sequence[Image.Image], size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> torch.Tensor:
     """Float32 `[B, 3, size, size]`, normalized."""
-    resized = [np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR), np.float32) for picture in pictures]
+    resized = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.float32) for image in images]
     pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255
     shift, scale = (torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1) for values in (mean, std))
     return (pixels - shift) / scale
@@ -59,7 +59,7 @@ def state_dict(option: str, path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, `.safetensors` or of `torch.save`; nothing in it is run.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or none of tensors; the message begins with `option`.
+        FileNotFoundError, ValueError: no such file, or a file without tensors; the message begins with `option`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{option}: there is no file {path}")
@@ -69,7 +69,7 @@ def state_dict(option: str, path: Path) -> dict[str, torch.Tensor]:
 
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the two readers say of a file that is another kind's
+    except Exception as error:  # whatever the two readers raise for another kind of file
         raise ValueError(f"{option}: {path} has no tensors that can be read: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"{option}: {path}: expected names and tensors, got {type(found).__name__}")

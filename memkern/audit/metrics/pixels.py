@@ -1,4 +1,4 @@
-"""Pixels against pixels."""
+"""The similarity of pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .metric import Shown
 
 
 class PixelSimilarity:
-    """Pearson correlation of pixels: tells copies in the same place, and needs no weights."""
+    """Pearson correlation of pixels: finds copies in the same place, and needs no weights."""
 
     columns: tuple[str, ...] = ("pixels_to_unmitigated", "pixels_to_reference")
 

@@ -1,4 +1,4 @@
-"""SSCD, the descriptor that papers on memorization measure copies with."""
+"""SSCD, the descriptor with which papers on memorization measure copies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SIZES = (288, 320)
 
 
 class CopyDetection:
-    """Cosine similarity of SSCD descriptors (Pizzi et al., 2022), under its two meanings.
+    """Cosine similarity of SSCD descriptors (Pizzi et al., 2022) to two kinds of images.
 
-    `sscd_to_unmitigated` compares with the model's own unmitigated picture of the same seed, as Kim & No do;
+    `sscd_to_unmitigated` compares with the model's own unmitigated image of the same seed, as Kim & No do;
     `sscd_to_reference` with the training image, as Wen et al., MemBench and GUARD do. The two are not comparable.
     """
 
@@ -32,10 +32,10 @@ class CopyDetection:
 
     def __call__(self, batch: Sequence[Shown]) -> list[tuple[float | None, ...]]:
         """See `Metric`."""
-        pictures = [shown.image for shown in batch] + [shown.unmitigated for shown in batch]
-        pictures += [shown.reference for shown in batch if shown.reference is not None]
-        described = torch.nn.functional.normalize(self.describe(pixels_of(pictures, self.size, MEAN, STD)), dim=-1)
-        own, unmitigated, references = torch.split(described, [len(batch), len(batch), len(pictures) - 2 * len(batch)])
+        images = [shown.image for shown in batch] + [shown.unmitigated for shown in batch]
+        images += [shown.reference for shown in batch if shown.reference is not None]
+        described = torch.nn.functional.normalize(self.describe(pixels_of(images, self.size, MEAN, STD)), dim=-1)
+        own, unmitigated, references = torch.split(described, [len(batch), len(batch), len(images) - 2 * len(batch)])
         left = iter(references)
         return [
             (float(mine @ theirs), None if shown.reference is None else float(mine @ next(left)))
@@ -44,7 +44,7 @@ class CopyDetection:
 
 
 def size_of(weights: Path) -> int:
-    """The side that pictures are resized to, by the file's name: 320 for "sscd_disc_large", else 288."""
+    """The side that images are resized to, by the file's name: 320 for "sscd_disc_large", else 288."""
     return SIZES[1] if "large" in weights.name else SIZES[0]
 
 

@@ -1,4 +1,4 @@
-"""The operators in Triton: per stem a kernel, and what it is launched with.
+"""The operators in Triton: for each operator a kernel and its launch.
 
-Importing these modules needs Triton; `memkern.ops.backends` does it on first use.
+These modules need Triton; `memkern.ops.backends` imports them on first use.
 """

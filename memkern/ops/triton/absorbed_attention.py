@@ -1,7 +1,8 @@
-"""`absorbed_attention` launched: probabilities, then their product with vo."""
+"""`absorbed_attention` in Triton: probabilities, then their product with vo."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .absorbing import tiles
 from .configs import Card
 from .kernels.absorbed_attention import absorbed_probabilities_kernel, absorbed_values_kernel
 from .launch import Launch
+from .repeat import Repeated
 from .sizes import STEP, cdiv, power_of_2, split_width, up
 
 
@@ -32,8 +34,32 @@ def absorbed_attention(
     return out
 
 
+def repeated(
+    x: torch.Tensor, a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """`absorbed_attention` for other x, with vo zeroed and the rest as it is.
+
+    Args:
+        x: contiguous, and aligned to 16 bytes, as every later one has to be.
+    """
+    out = torch.empty_like(x)
+    launches = plan(x, a, bias, vo, out_bias, None, out, Card.of(x.device), True)
+    probabilities = launches[0].arguments["out"]
+    assert isinstance(probabilities, torch.Tensor)
+    made, shape = Repeated.of(launches, (x, probabilities, out)), probabilities.shape
+    if made is None:
+        return None
+
+    def again(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        made(x, x.new_empty(shape), out)
+        return out
+
+    return again
+
+
 MOST_KEYS = 256
-"""The logits of a head are held in registers."""
+"""The most keys: the logits of a head are held in registers."""
 
 
 def plan(

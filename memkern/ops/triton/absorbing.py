@@ -1,4 +1,4 @@
-"""Which tiles the two kernels of `absorbed_attention` take."""
+"""The tiles of the two kernels of `absorbed_attention`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cost import Work
 from .sizes import STEP, up
 
 MOST_LOGITS = 80
-"""Of several heads that a thread holds in registers."""
+"""The most logits of several heads that a thread holds in registers."""
 
 
 @functools.lru_cache(maxsize=1024)

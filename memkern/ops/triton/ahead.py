@@ -1,4 +1,4 @@
-"""Compile a launch for a card that is not here, and read what the compiled kernel uses."""
+"""Compile a launch for a card that is not here, and read the resources that the compiled kernel uses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHARED_LIMITS = {
 PROCESSOR_SHARED = {
     "sm75": 65536, "sm80": 167936, "sm86": 102400, "sm89": 102400, "sm90": 233472, "sm100": 233472, "sm120": 102400,
 }  # fmt: skip
-"""Shared memory of a multiprocessor in bytes; each block takes 1024 of it beside its own."""
+"""Shared memory of a multiprocessor in bytes; each block takes 1024 of it besides its own."""
 
 PROCESSOR_WARPS = {"sm75": 32, "sm80": 64, "sm86": 48, "sm89": 48, "sm90": 64, "sm100": 64, "sm120": 48}
 
@@ -49,7 +49,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes of a multiprocessor.
+    """The resources of a multiprocessor that a compiled kernel takes.
 
     Attributes:
         registers: per thread; on AMD vector registers.
@@ -62,7 +62,7 @@ class Usage:
     shared: int
 
     def blocks(self, family: str, warps: int) -> int:
-        """Blocks that one multiprocessor of NVIDIA's holds at a time, by registers, shared memory and warps."""
+        """Blocks that one NVIDIA multiprocessor holds at a time, by registers, shared memory and warps."""
         by_registers = 65536 // (warps * 32 * up(self.registers, 8))
         by_shared = PROCESSOR_SHARED[family] // (self.shared + 1024)
         return max(0, min(by_registers, by_shared, PROCESSOR_WARPS[family] // warps))
@@ -70,14 +70,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Review:
-    """What a compiled launch says of itself beyond what it takes.
+    """The findings in the code of a compiled launch, and its resources.
 
     Attributes:
-        usage: what it takes.
-        redundancy: products that a block issues to tensor cores, of those that its tiles ask for.
+        usage: the resources that it takes.
+        redundancy: products that a block issues to tensor cores, divided by those that its tiles need.
         waiting: loads into registers in a loop that has such products.
-        blocks: of it on one multiprocessor at a time.
-        waves: times that all multiprocessors are filled with its programs.
+        blocks: its blocks on one multiprocessor at a time.
+        waves: how many times its programs fill all multiprocessors.
         through_l2: bytes that its programs load and store by their tiles; None for a launch that was not estimated.
     """
 
@@ -95,9 +95,9 @@ def compile_ahead(launch: Launch, family: str) -> Usage:
 
 
 def review(launch: Launch, card: Card) -> Review:
-    """Compile `launch` as `compile_ahead` does for a card of NVIDIA's, and read its code as well.
+    """Compile `launch` as `compile_ahead` does for an NVIDIA card, and read its code as well.
 
-    Products are those of `mma` and `wgmma`; of compute capability 10.0, whose products are `tcgen05`, none is counted.
+    Products are those of `mma` and `wgmma`; those of compute capability 10.0, `tcgen05`, are not counted.
     """
     compiled = _compiled(launch, card.family)
     usage, warps = _usage(compiled, card.family), compiled.metadata.num_warps
@@ -116,7 +116,7 @@ def review(launch: Launch, card: Card) -> Review:
 
 
 def target_of(family: str) -> GPUTarget:
-    """What Triton compiles for."""
+    """The target that Triton compiles for."""
     if family.startswith("sm"):
         return GPUTarget("cuda", int(family[2:]), 32)
     return GPUTarget("hip", family, 64 if family.startswith("gfx9") else 32)
@@ -129,7 +129,7 @@ def _compiled(launch: Launch, family: str) -> Any:
 
 
 def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
-    """What a launch compiles for, as Triton decides it: types by name, constants, and what is divisible by 16.
+    """The specialization of a launch, as Triton decides it: types by name, constants, and arguments divisible by 16.
 
     Tensors may be on the meta device; they count as aligned to 16 bytes, as torch aligns them.
     """

@@ -1,4 +1,4 @@
-"""`attention_mass` in Triton: column sums of a softmax, one program per tiles of queries of a head."""
+"""`attention_mass` in Triton: column sums of a softmax, one program per tile or tiles of a head's queries."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plan(
             held.work,
         )
         return launch, by_group
-    config = card.config("biased_attention", width, q.dtype)  # the same tiles: it is that without V
+    config = card.config("biased_attention", width, q.dtype)  # the same tiles: it is the same kernel without V
     tiles = cdiv(queries, config.constants["BLOCK_M"])
     by_tile = sums(tiles)
     parts = split_width(width, config.constants["PART_D"])

@@ -1,4 +1,4 @@
-"""`biased_attention` in Triton: softmax(q kᵀ · scale + bias) v, one program per tiles of queries of a head."""
+"""`biased_attention` in Triton: softmax(q kᵀ · scale + bias) v, one program per tile or tiles of a head's queries."""
 
 from __future__ import annotations
 

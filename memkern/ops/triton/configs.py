@@ -1,7 +1,7 @@
-"""Which tile sizes a kernel runs with: a fixed table by card family, kernel, element size and width.
+"""The tile sizes of kernels: a fixed table by card family, kernel, element size and width.
 
-`configs.json` holds it; `python -m memkern.ops.triton.tune` writes one for the card at hand, which the
-environment variable MEMKERN_CONFIGS then names. Nothing is tuned at run time.
+`configs.json` holds it; `python -m memkern.ops.triton.tune` writes one for the card of this machine. Name that
+file in the environment variable MEMKERN_CONFIGS to use it. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _CONDITIONS = ("bits", "width")
 
 @dataclass(frozen=True)
 class Config:
-    """Constants a kernel is compiled for, and launch options."""
+    """Constants that a kernel is compiled for, and launch options."""
 
     constants: dict[str, int]
     options: dict[str, int]
 
     @property
     def blocks(self) -> dict[str, int]:
-        """The constants that kernels take as they are: BLOCK_M and its kind."""
+        """The constants that kernels take unchanged: BLOCK_M and the like."""
         return {name: size for name, size in self.constants.items() if name.startswith("BLOCK")}
 
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """A GPU as far as launches depend on it.
+    """The properties of a GPU that launches depend on.
 
     Attributes:
         processors: streaming multiprocessors, which a launch should fill.
@@ -54,7 +54,7 @@ class Card:
 
     @classmethod
     def of(cls, device: torch.device) -> Card:
-        """The card that `device` is; for the CPU, which interprets, the plainest of the table."""
+        """The card of `device`; for the CPU, which runs the interpreter, the simplest card of the table."""
         return _of_gpu(device) if device.type == "cuda" else cls.like("sm80", 1)
 
     @classmethod
@@ -64,16 +64,16 @@ class Card:
 
     @classmethod
     def typical(cls, family: str) -> Card:
-        """The card of a family that its rates are of."""
+        """The card that the rates of a family belong to."""
         return cls.like(family, FAMILIES[family].processors)
 
     @property
     def rates(self) -> Rates:
-        """What such a card does per second."""
+        """The rates of such a card, per second."""
         return FAMILIES[self.family]
 
     def serves(self, kernel: str, width: int, dtype: torch.dtype) -> bool:
-        """Whether there is a configuration."""
+        """True if the table has a configuration for these."""
         return any(_fits(entry, width, dtype) for entry in self.entries.get(kernel, ()))
 
     def config(self, kernel: str, width: int, dtype: torch.dtype) -> Config:
@@ -103,15 +103,15 @@ class Card:
     def fastest(
         self, kernel: str, width: int, dtype: torch.dtype, work: Callable[[Config], Work | None]
     ) -> tuple[Config, Work]:
-        """The configuration that is estimated to take the least time for the work that it makes, of those that can.
+        """The configuration with the least estimated time for its work, of those that can run.
 
         Raises:
-            NotImplementedError: none can.
+            NotImplementedError: none can run.
         """
         made = ((config, work(config)) for config in self.configs(kernel, width, dtype))
         found = [(config, one) for config, one in made if one is not None]
         if not found:
-            raise NotImplementedError(f"{kernel}: no configuration can for {dtype} and a width of {width}")
+            raise NotImplementedError(f"{kernel}: no configuration can run for {dtype} and a width of {width}")
         return min(found, key=lambda pair: pair[1].seconds(self.processors, self.rates))
 
 
@@ -122,7 +122,8 @@ def _fits(entry: Entry, width: int, dtype: torch.dtype) -> bool:
 def family_of(name: str) -> str:
     """The table's family for an architecture, "sm_90" or "gfx942".
 
-    For NVIDIA the newest that is not newer, of the same generation if any; for AMD one of the same generation.
+    For NVIDIA the newest family that is not newer, of the same generation if there is one; for AMD one of the same
+    generation.
 
     Raises:
         NotImplementedError: there is none.

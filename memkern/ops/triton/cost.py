@@ -1,8 +1,8 @@
-"""What a launch is estimated to take on a card: the largest of four times, plus the launch.
+"""The estimated time of a launch on a card: the largest of four times, plus the launch.
 
     max(device memory, L2 cache, tensor cores at EFFICIENCY, dependent loads) + LAUNCH
 
-Rates are published ones, except those of L2 caches, which are rounded from others' microbenchmarks. Nothing here was
+Rates are published ones, except those of L2 caches, which are rounded from published microbenchmarks. Nothing here was
 measured; `make gpu` prints each prediction beside its measurement.
 """
 
@@ -13,30 +13,30 @@ from dataclasses import dataclass
 from .sizes import cdiv
 
 EFFICIENCY = 0.7
-"""Of the tensor cores' published rate, what a good kernel reaches."""
+"""The share of the tensor cores' published rate that a good kernel reaches."""
 
 LAUNCH = 2e-6
 """Seconds between the ends of two kernels that do nothing."""
 
 LATENCY = 5e-7
-"""Seconds that a load takes which nothing hides."""
+"""Seconds of a load that no other work hides."""
 
 STAGES = 3
-"""Turns of a main loop whose loads are under way at a time."""
+"""Turns of a main loop whose loads run at the same time."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A card that stands for its family.
+    """The rates of a card that stands for its family.
 
     Attributes:
         name: of the card.
         processors: streaming multiprocessors, or compute units.
-        operations: of float16 per second, an addition and a multiplication being two.
+        operations: float16 operations per second; an addition and a multiplication are two.
         l2: bytes per second through the L2 cache.
         memory: bytes per second through device memory.
         cache: bytes that the L2 cache (AMD: the last cache) holds.
-        port: bytes per second that one processor can take from it.
+        port: bytes per second that one processor can take from that cache.
     """
 
     name: str
@@ -71,15 +71,15 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Work:
-    """A launch as far as its time depends on it.
+    """The properties of a launch that its time depends on.
 
     Attributes:
         programs: how many.
-        products: multiply-adds of one, those of padding included.
-        through_l2: bytes that one loads and stores.
-        through_memory: bytes that have to come from device memory, in all.
-        between: bytes that the kernel before left, or the one behind takes: in the cache, where it holds them.
-        turns: of one's main loop.
+        products: multiply-adds of one program, those of padding included.
+        through_l2: bytes that one program loads and stores.
+        through_memory: bytes that have to come from device memory, for all programs.
+        between: bytes that the previous kernel left or the next one takes: in the cache, if they fit.
+        turns: of one program's main loop.
     """
 
     programs: int
@@ -90,11 +90,11 @@ class Work:
     turns: int = 1
 
     def seconds(self, processors: int, rates: Rates) -> float:
-        """The estimate for a card of so many processors."""
+        """The estimate for a card with this number of processors."""
         return max(self.parts(processors, rates).values()) + LAUNCH
 
     def parts(self, processors: int, rates: Rates) -> dict[str, float]:
-        """The four times. A processor's programs share it; those of the last round have it to themselves."""
+        """The four times. Programs on one processor share it, except in the last round."""
         rounds = cdiv(self.programs, processors)
         memory = self.through_memory + (self.between if 2 * self.between > rates.cache else 0)
         return {

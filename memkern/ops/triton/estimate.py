@@ -1,4 +1,4 @@
-"""What a cross-attention layer is estimated to take on a card, path by path, for the launches that would run."""
+"""The estimated time of a cross-attention layer on a card, by path, for the launches that would run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Layer:
         heads: H.
         counts: keys that each sequence of the batch has left.
         length: rows of the context, which the layer's own processor attends to.
-        context_width: of them.
-        dtype: of 16 bits, as everything here is about tensor cores.
+        context_width: width of those rows.
+        dtype: of 16 bits, as all estimates are for tensor cores.
     """
 
     queries: int
@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """The number of sequences."""
         return len(self.counts)
 
     @property
@@ -57,7 +57,7 @@ class Layer:
 
 
 def fastest(choices: Iterable[Work], card: Card) -> Work:
-    """The choice that takes the least time."""
+    """The choice with the least estimated time."""
     return min(choices, key=lambda work: work.seconds(card.processors, card.rates))
 
 

@@ -1,4 +1,4 @@
-"""A kernel launch as a value: what runs on a GPU, in the interpreter, and what is compiled ahead of time."""
+"""A kernel launch as a value, to run on a GPU or in the interpreter, or to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .cost import Work
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with all that it is called with.
+    """One kernel with all of its arguments.
 
     Attributes:
         kernel: a `triton.jit` function.
         grid: programs in x and y.
-        arguments: what is passed at run time, by name; None for a tensor that is not there.
-        constants: what the kernel is compiled for, by name.
+        arguments: values passed at run time, by name; None for a missing tensor.
+        constants: values that the kernel is compiled for, by name.
         options: `num_warps` and `num_stages`.
-        work: what its time is estimated from, where that was asked.
+        work: the work that its time is estimated from, if it was estimated.
     """
 
     kernel: Any
@@ -31,12 +31,12 @@ class Launch:
     options: Mapping[str, int]
     work: Work | None = None
 
-    def run(self) -> None:
-        """Launch on the current stream of the current device."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+    def run(self) -> Any:
+        """Launch on the current stream of the current device; returns the compiled kernel, None if interpreted."""
+        return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
     def on(self, device: str) -> Launch:
-        """The same launch with its meta tensors made real, filled with values that no kernel stumbles over."""
+        """The same launch with its meta tensors made real, filled with values that every kernel accepts."""
 
         def real(value: torch.Tensor | int | float | None) -> torch.Tensor | int | float | None:
             if not isinstance(value, torch.Tensor):

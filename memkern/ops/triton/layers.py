@@ -1,6 +1,6 @@
 """The cross-attention layers of Stable Diffusion's UNets, and the launches that serve them.
 
-What is compiled ahead of time, tuned and measured is this list, with tensors on the meta device.
+This list is compiled ahead of time, tuned and measured, with tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Layer:
     """One shape of cross-attention layer at the model's own resolution.
 
     Attributes:
-        model: whose UNet.
+        model: the model of the UNet.
         queries: N, positions of the latent image.
         width: C.
         heads: H.
@@ -79,7 +79,7 @@ def biased_launch(
 def mass_launch(
     queries: int, heads: int, head_dim: int, keys: int, dtype: torch.dtype, card: Card, batch: int = BATCH
 ) -> Launch:
-    """`attention_mass` on such projections."""
+    """`attention_mass` on the same kind of views."""
     q = _meta(batch, queries, heads, head_dim, dtype=dtype).transpose(1, 2)
     k = _meta(batch, keys, heads, head_dim, dtype=dtype).transpose(1, 2)
     bias, by_query = _meta(batch, keys, dtype=torch.float32), _meta(batch, heads, queries, dtype=torch.float32)
@@ -89,7 +89,7 @@ def mass_launch(
 def absorbed_launches(
     queries: int, width: int, heads: int, keys: int, dtype: torch.dtype, card: Card, batch: int = BATCH
 ) -> list[Launch]:
-    """`absorbed_attention` with all that may follow the heads."""
+    """`absorbed_attention` with an output bias and a residual."""
     x = _meta(batch, queries, width, dtype=dtype)
     a = _meta(batch, heads, keys, width, dtype=dtype)
     bias = _meta(batch, keys, dtype=torch.float32)

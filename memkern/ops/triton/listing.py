@@ -1,4 +1,4 @@
-"""What a compiled kernel's own code says: products asked for and issued, and loads that its main loop waits for."""
+"""Facts read from a compiled kernel's code: products needed and issued, and loads that its main loop waits for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def wanted_products(ttir: str) -> int:
 def products(ptx: str, warps: int) -> int:
     """Multiply-adds of all tensor-core instructions in a listing of PTX, each counted once, for a whole block.
 
-    A loop's body stands in PTX once, so this is what one turn issues. `mma` is an instruction of a warp, `wgmma` of
+    A loop's body appears once in PTX, so this is the count of one turn. `mma` is an instruction of a warp, `wgmma` of
     four.
     """
     total = 0
@@ -38,10 +38,10 @@ def products(ptx: str, warps: int) -> int:
 
 
 def register_loads(ttgir: str) -> int:
-    """The loads into registers that stand in a loop with products, in Triton's code after its loops are pipelined.
+    """The loads into registers in a loop with products, in Triton's code after its loops are pipelined.
 
-    What such a loop streams should come by cp.async or TMA, which are other operations. Here a loop is whole, even if
-    the machine code has it unrolled.
+    Data that such a loop streams should come by cp.async or TMA, which are other operations. A loop is whole here, even
+    if the machine code has it unrolled.
     """
     most, loops = 0, list[tuple[bool, int, int]]()  # for each open brace: of a loop, loads and products within
     for line in ttgir.splitlines():
@@ -89,14 +89,14 @@ def _instructions(sass: str) -> Iterator[_Instruction]:
 def _loops(code: list[_Instruction]) -> Iterator[list[int]]:
     """Indices of the instructions of each loop: those that can be reached from each other.
 
-    A jump back alone makes none: a branch's body may lie behind what follows it.
+    A jump back alone is no loop: the body of a branch may be placed after the code that follows the branch.
     """
     graph = networkx.DiGraph(_following(code))
     return (sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1)
 
 
 def _following(code: list[_Instruction]) -> dict[int, list[int]]:
-    """Index of each instruction → the indices of those that may come next."""
+    """Index of each instruction → indices of the instructions that may come next."""
     index_of = {instruction.address: index for index, instruction in enumerate(code)}
     following = {}
     for index, instruction in enumerate(code):

@@ -1,4 +1,4 @@
-"""All keys of a head at hand: what the launches of `biased_attention` and `attention_mass` share."""
+"""Launches that hold all keys of a head, for `biased_attention` and `attention_mass`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .cost import Work
 from .sizes import cdiv, split_width
 
 MOST_KEYS = 128
-"""Of any width; more are taken in blocks, as they come."""
+"""The most keys, at any width; more keys are taken block by block."""
 
 MOST_KEY_VALUES = 80 * 160
-"""Of k as of v, padding included: they are held in registers on the way to the tensor cores."""
+"""The most values of k, and of v, padding included: they are held in registers on the way to the tensor cores."""
 
 
 def holds(card: Card, keys: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether a program can have all keys of a head: not in float32, whose products take no tensor cores."""
+    """True if a program can hold all keys of a head: not in float32, whose products do not run on tensor cores."""
     covered = sum(split_width(keys)) * sum(split_width(width))
     return keys <= MOST_KEYS and covered <= MOST_KEY_VALUES and card.serves("resident", width, dtype)
 
@@ -32,13 +32,13 @@ TILES = 1, 2, 4, 8
 
 @dataclass(frozen=True)
 class Hold:
-    """How a launch holds the keys.
+    """The way in which a launch holds the keys.
 
     Attributes:
-        config: the tile's.
-        tiles: of queries that one program takes.
-        programs: per head.
-        work: what the launch does.
+        config: the configuration of a tile.
+        tiles: tiles of queries that one program takes.
+        programs: programs per head.
+        work: the work of the launch.
     """
 
     config: Config
@@ -47,7 +47,7 @@ class Hold:
     work: Work
 
     def constants(self, width: int, keys: int) -> dict[str, Any]:
-        """What the kernel is compiled for beside the unit of its strides."""
+        """The constants that the kernel is compiled for, except the unit of its strides."""
         parts = split_width(width)
         sizes = {"D": width, "D_PARTS": parts, "EVEN": sum(parts) == width, "KEY_PARTS": split_width(keys)}
         return sizes | self.config.blocks
@@ -57,7 +57,7 @@ class Hold:
 def hold(
     card: Card, batch: int, queries: int, heads: int, width: int, keys: int, dtype: torch.dtype, products: int
 ) -> Hold:
-    """What is estimated to be fastest; `products` is 2 with v, 1 without."""
+    """The choice with the least estimated time; `products` is 2 with v, 1 without."""
     found = []
     for config in card.configs("resident", width, dtype):
         block = config.constants["BLOCK_M"]
@@ -71,8 +71,8 @@ def hold(
 def strides(**tensors: torch.Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """Strides of batch, head and row of each `[B, H, N, D]` by the kernels' names, and the constant of their unit.
 
-    The unit is 8 elements where that divides all of them. Of an integer argument Triton knows whether 16 divides it,
-    which says nothing of a head's 40 elements.
+    The unit is 8 elements where 8 divides all strides. Triton only knows whether 16 divides an integer argument, which
+    does not help with a head of 40 elements.
     """
     found = {
         f"{name}_{dimension}": tensor.stride(index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 STEP = 8
-"""The keys of `absorbed_attention` are computed up to a multiple of it: the narrowest product of tensor cores."""
+"""The multiple to which the keys of `absorbed_attention` are padded: the narrowest product of tensor cores."""
 
 
 def cdiv(size: int, block: int) -> int:
@@ -12,7 +12,7 @@ def cdiv(size: int, block: int) -> int:
 
 
 def up(size: int, multiple: int = 16) -> int:
-    """`size` up to a multiple."""
+    """`size` rounded up to a multiple."""
     return multiple * cdiv(size, multiple)
 
 
@@ -24,7 +24,7 @@ def power_of_2(size: int) -> int:
 def split_width(size: int, largest: int = 256, multiple: int = 16) -> tuple[int, ...]:
     """Powers of 2, `largest` at most, that cover `size` up to the next multiple of 16, or of another power of 2.
 
-    Triton's blocks are powers of 2, widths are not: 40 → (32, 16), 77 → (64, 16), 320 → (256, 64).
+    Triton's blocks are powers of 2, but widths are not: 40 → (32, 16), 77 → (64, 16), 320 → (256, 64).
     """
     left, parts = up(max(size, 1), multiple), []
     while left:

@@ -2,7 +2,7 @@
 
 On a GPU every candidate is timed on the layers of Stable Diffusion, and the fastest is written for that card's
 family. With `--family` no card is needed: the first candidate is written that compiles within the family's
-budget, no stack and shared memory within the limit; candidates stand in the order of what should be fastest.
+budget, no stack and shared memory within the limit; candidates are listed with the expected fastest first.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ HEAD_DIMS = (8, 40, 64, 80, 128, 160, 256)
 
 @dataclass(frozen=True)
 class Place:
-    """One place of the table, and what may stand there, by what should be fastest.
+    """One place of the table and its candidates, the expected fastest first.
 
     Attributes:
-        holds: how many of those that fit stand there; a launch takes what its sizes make the fastest of them.
+        holds: how many of the candidates that fit are kept; a launch takes the fastest of them for its sizes.
     """
 
     kernel: str
@@ -86,9 +86,9 @@ PLACES = (
 
 
 def served(kernel: str, entry: Entry, card: Card) -> Iterator[Launch]:
-    """The launches that an entry has to serve, on the meta device; `card` has it in its table.
+    """The launches that an entry has to serve, on the meta device; `card` has the entry in its table.
 
-    bfloat16 takes what float16 takes.
+    bfloat16 uses the entries of float16.
     """
     width, dtype = entry["width"], {16: torch.float16, 32: torch.float32}[entry["bits"]]
     if kernel == "edit_rows":
@@ -102,18 +102,18 @@ def served(kernel: str, entry: Entry, card: Card) -> Iterator[Launch]:
                 yield mass_launch(1024, 8, head_dim, keys, dtype, card)
     else:
         for layer_width, keys in itertools.product(sorted({layer.width for layer in LAYERS}), KEYS):
-            with contextlib.suppress(NotImplementedError):  # several heads' keys may be too many for it
+            with contextlib.suppress(NotImplementedError):  # the keys of several heads may be too many for it
                 yield from absorbed_launches(1024, layer_width, 8, keys, dtype, card)
 
 
 def with_entry(kernel: str, entry: Entry, family: str) -> Card:
-    """A card of `family` with `entry` for `kernel`, and for no other that would take its launches."""
+    """A card of `family` with `entry` alone for `kernel`, and with no other kernel that would take its launches."""
     others = {name: entries for name, entries in table().get(family, {}).items() if name != "resident"}
     return Card(1, others | {kernel: [entry]}, family)
 
 
 def fits(kernel: str, entry: Entry, family: str) -> bool:
-    """Whether all that an entry serves compiles within the budget of `family`, and reviews well."""
+    """True if all launches of an entry compile within the budget of `family`, and review well."""
     for launch in served(kernel, entry, with_entry(kernel, entry, family)):
         name = launch.kernel.__name__
         tuned = kernel in ("edit_rows", "biased_attention") or name.startswith(kernel)
@@ -123,10 +123,10 @@ def fits(kernel: str, entry: Entry, family: str) -> bool:
 
 
 def reviews_well(launch: Launch, card: Card) -> bool:
-    """No stack, shared memory within the limit; on NVIDIA with cp.async no product twice and no load waited for.
+    """True for no stack, and shared memory within the limit; on NVIDIA with cp.async no product twice, no waiting load.
 
-    What takes keys as they come reads their bias before them, and is let off the last; so is what has no products of
-    tensor cores that are counted.
+    Kernels that take keys block by block read the bias before the keys, so they may wait for loads; so may kernels
+    without tensor-core products that are counted.
     """
     if not card.family.startswith("sm"):
         usage = compile_ahead(launch, card.family)
@@ -138,7 +138,7 @@ def reviews_well(launch: Launch, card: Card) -> bool:
 
 
 def seconds(launches: Iterable[Launch]) -> float:
-    """The sum of median times on the card at hand; infinite if one cannot be launched."""
+    """The sum of median times on this machine's card; infinite if one cannot be launched."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -178,10 +178,10 @@ def tuned(family: str, measure: bool) -> dict[str, list[Entry]]:
 
 
 def main() -> None:
-    """Tune and write."""
+    """Tune, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--family", action="append", help="by budget, without a card: sm75 … sm120; several times")
-    parser.add_argument("--out", type=Path, required=True, help="JSON; other families that it has are kept")
+    parser.add_argument("--family", action="append", help="by budget, without a card: sm75 … sm120; may be repeated")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; its other families are kept")
     options = parser.parse_args()
     here = options.family is None
     families = [family_of(architecture(torch.cuda.current_device()))] if here else options.family
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 def _one_entry_a_line(found: dict[str, dict[str, list[Entry]]]) -> str:
-    """JSON in which a table of configurations can be read and compared."""
+    """JSON of a table of configurations, one entry a line, easy to read and compare."""
     families = []
     for family, kernels in found.items():
         lines = [

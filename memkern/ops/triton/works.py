@@ -1,6 +1,6 @@
-"""What each launch does, from sizes alone: products, and bytes through the L2 cache and device memory.
+"""The work of each launch, from sizes alone: products, and bytes through the L2 cache and device memory.
 
-Batches are of sequences with `keys` keys each on average; `size` is bytes per element.
+The sequences of a batch have `keys` keys each on average; `size` is bytes per element.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def probabilities(
 def values(
     batch: int, queries: int, width: int, heads: int, keys: int, size: int, block_m: int, block_k: int, block_c: int
 ) -> Work:
-    """The second: probabilities and vo in, the layer's output out."""
+    """The second kernel: probabilities and vo in, the layer's output out."""
     depth = heads * up(keys, STEP)
     return Work(
         programs=batch * cdiv(queries, block_m) * cdiv(width, block_c),
@@ -44,7 +44,7 @@ def values(
 def resident(
     batch: int, queries: int, heads: int, head_dim: int, keys: int, size: int, block_m: int, tiles: int, products: int
 ) -> Work:
-    """`biased_attention` (two products) or `attention_mass` (one) with all keys at hand, so many tiles a program."""
+    """`biased_attention` (two products) or `attention_mass` (one) with all keys held, `tiles` tiles a program."""
     rows = block_m * tiles
     return Work(
         programs=batch * heads * cdiv(queries, rows),
@@ -86,6 +86,6 @@ def flash(batch: int, queries: int, heads: int, head_dim: int, keys: int, size: 
 
 
 def elementwise(values: int, tensors: int, size: int) -> Work:
-    """A pass over tensors of so many values."""
+    """A pass over `tensors` tensors of `values` values each."""
     moved = size * values * tensors
     return Work(cdiv(values, 4096), 0, moved / cdiv(values, 4096), 0, moved)

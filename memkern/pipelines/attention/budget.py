@@ -1,7 +1,7 @@
-"""How much of a context's keys and values may be kept: bytes, and which layers get them.
+"""The budget for kept keys and values of a context: its bytes, and the layers that get them.
 
-What is kept is given to the layers where a byte saves most time by the estimate, so that it depends on the pipeline,
-the sizes and the budget alone: never on what else is running, and the same seed gives the same image.
+The bytes go to the layers where each saves most time by the estimate. So the choice depends only on the pipeline, the
+sizes and the budget, never on other running processes, and the same seed gives the same image.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 
 SHARE, MOST = 1 / 32, 256 << 20
-"""Of a device's whole memory, and bytes: what may be kept unless something else is asked for."""
+"""The default budget: a share of a device's whole memory, and the most bytes."""
 
 Memory = int | float | None
 """Bytes, a share of the device's whole memory, or the default."""
 
 
 def check_memory(memory: Memory) -> None:
-    """See that what was given as `memory` is one of those.
+    """Check that a value given as `memory` is one of those.
 
     Raises:
         TypeError: it is no number.
@@ -38,7 +38,7 @@ def check_memory(memory: Memory) -> None:
 
 
 def bytes_of(memory: Memory, device: torch.device) -> int:
-    """What may be kept on a device."""
+    """The bytes that may be kept on a device."""
     if isinstance(memory, int):
         return memory
     whole = _whole(device)
@@ -46,7 +46,7 @@ def bytes_of(memory: Memory, device: torch.device) -> int:
 
 
 def _whole(device: torch.device) -> int:
-    """Bytes of a device's memory, whatever is free of it; as much as the default needs where that is not known."""
+    """The bytes of a device's memory, free or not; as many as the default needs where that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -57,12 +57,12 @@ def _whole(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a layer could keep.
+    """The bytes that a layer could keep, and their use.
 
     Attributes:
-        key: what it is found by.
+        key: the key to find it by.
         sizes: bytes of each way to keep something, from K and V to more.
-        savings: what time each saves in a step, compared with keeping nothing.
+        savings: the time that each saves in a step, compared with keeping nothing.
     """
 
     key: Hashable
@@ -73,7 +73,7 @@ class Wish:
 def allot(wishes: Iterable[Wish], room: int) -> dict[Hashable, int]:
     """The bytes that each layer may keep, no more than `room` together: the most time saved for a byte goes first.
 
-    What is left is for layers that could keep more, the least first: timed, that may be faster than it was thought.
+    The rest is for layers that could keep more, the least first: when timed, that may be faster than estimated.
     """
     wanted = list(wishes)
     given = {wish.key: 0 for wish in wanted}
@@ -105,7 +105,7 @@ class _Step(NamedTuple):
 
 
 def _steps(wish: Wish) -> list[_Step]:
-    """From nothing to the most that a layer could keep, each step worth less than the one before."""
+    """The steps from nothing to the most that a layer could keep, each worth less than the one before."""
     steps: list[_Step] = []
     reached = 0.0
     for size, saving in zip(wish.sizes, wish.savings, strict=True):

@@ -1,4 +1,4 @@
-"""What a layer does with a context: which paths are open, and what each takes."""
+"""The choice of a layer's path for a context: the open paths, and the time of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Path = Literal["former", "projected", "absorbed"]
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does per second, in relation: multiply-adds of matrix products and of attention between
+    """A device's rates per second, relative to each other: multiply-adds of matrix products and of attention between
     heads, by memkern's operator and by torch's, elements of a softmax, bytes moved.
     """
 
@@ -35,8 +35,8 @@ class Rates:
     bytes: float
 
 
-# The CPU's were measured on two cores with AVX-512, the GPU's are 0.7 of what is published for an A100: for cards that
-# `on_card` does not know. There the products of either path are as fast, so that n (H - 1) < C decides.
+# The CPU's were measured on two cores with AVX-512. The GPU's are 0.7 of the published rates of an A100, for cards that
+# `on_card` does not know. There the products of both paths are equally fast, so that n (H - 1) < C decides.
 RATES = {
     ("cpu", 4): Rates(1e11, 8e10, 4.5e10, 2e9, 2e10),
     ("cpu", 2): Rates(2e11, 8e10, 4.5e10, 2e9, 2e10),
@@ -45,10 +45,10 @@ RATES = {
 }
 
 MARGIN = 0.97
-"""What a path's time must be of the layer's own processor's, to be taken instead."""
+"""The share of the own processor's time that a path's time must be below, to be taken instead."""
 
 ESTIMATED = Chooser(measures=False)
-"""For layers that are no pipeline's."""
+"""The chooser for layers that belong to no pipeline."""
 
 
 def seconds(path: Path, queries: int, width: int, heads: int, keys: Sequence[int], length: int, rates: Rates,
@@ -74,16 +74,16 @@ def seconds(path: Path, queries: int, width: int, heads: int, keys: Sequence[int
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer does with a context, and why.
+    """The path of a layer for a context, with the reasons.
 
     Attributes:
         path: "absorbed", "projected" or "former", the layer's own processor.
-        keys: how many keys each sequence has left.
+        keys: the number of keys that each sequence has left.
         sizes: N, C and H.
-        times: what was compared.
+        times: those that were compared.
         reasons: why a path was not open.
-        unkept: why K and V are made anew at each step.
-        turned_down: bytes more that could have been kept, had there been room.
+        unkept: why K and V are computed again at each step.
+        turned_down: further bytes that would have been kept if there had been room.
     """
 
     path: Path
@@ -109,12 +109,12 @@ class Choice:
 
 @dataclass
 class Prepared:
-    """A layer's part of a context.
+    """A layer that is prepared for a context.
 
     Attributes:
-        choice: what it does.
-        attend: how; None for the layer's own processor.
-        weights: what it was computed from; None where nothing is kept.
+        choice: its path, with the reasons.
+        attend: the function that computes it; None for the layer's own processor.
+        weights: those that it was computed from; None where nothing is kept.
         size: bytes kept.
     """
 
@@ -124,10 +124,10 @@ class Prepared:
     size: int = 0
 
     def valid(self, layer: Layer, *, by_value: bool = True) -> bool:
-        """Whether it was computed from the weights that the layer has now.
+        """True if it was computed from the weights that the layer has now.
 
         Args:
-            by_value: whether their values are looked at although writes to them are counted.
+            by_value: whether their values are compared even where torch counts writes to them.
         """
         return self.weights is None or self.weights.unchanged(layer, by_value=by_value)
 
@@ -141,12 +141,12 @@ def prepare(
     chooser: Chooser = ESTIMATED,
     room: int | None = None,
 ) -> Prepared:
-    """What a layer makes of a context that it sees again: the path that is fastest.
+    """Prepare the fastest path of a layer for a context that it sees again.
 
     Args:
         x: hidden states `[B, N, C]`.
         source: the keys and values of `context`.
-        chooser: tells what the paths take.
+        chooser: gives the times of the paths.
         room: bytes that may be kept; None for any number.
     """
     attn, dtype = layer.attn, compute_dtype(x)
@@ -167,9 +167,9 @@ def prepare(
         made = absorbed(layer, source, backend, context, dtype)
         if made is not None:
             return Prepared(choice, made[0], Weights(layer, is_read=True), made[1])
-        choice = replace(_second(choice), reasons=(f"multiplied out it is beyond {dtype}",))
+        choice = replace(_second(choice), reasons=(f"its products overflow {dtype}",))
     if choice.path == "projected" and not unkept and room is not None and keys > room:
-        # Made anew at each step, K and V are no faster than by the layer's own processor.
+        # Computed again at each step, K and V are no faster than by the layer's own processor.
         path: Path = "projected" if source.edited else "former"
         choice = replace(choice, path=path, turned_down=choice.turned_down or keys)
         unkept = ["there is no room for them"]
@@ -185,7 +185,7 @@ def prepare(
 
 
 def _second(choice: Choice) -> Choice:
-    """What is chosen where A and VO are not to be had."""
+    """The choice where A and VO cannot be kept."""
     assert choice.times is not None
     left = {path: took for path, took in choice.times.milliseconds.items() if path != "absorbed"}
     times = replace(choice.times, milliseconds=left)
@@ -193,11 +193,11 @@ def _second(choice: Choice) -> Choice:
 
 
 def wish(layer: Layer, x: torch.Tensor, source: Source, context_width: int, key: Hashable) -> Wish:
-    """What a layer could keep: K and V, and A and VO where they are open; and the milliseconds that each saves."""
+    """The bytes that a layer could keep: K and V, and A and VO where they are open; and the milliseconds each saves."""
     dtype = compute_dtype(x)
     keys = 2 * source.keys.index.numel() * x.shape[2] * dtype.itemsize
     took = estimates(layer, x, source, context_width)
-    # By the rates alone, making K and V anew is free.
+    # By the rates alone, computing K and V again is free.
     made = 2e3 * len(source.keys.counts) * source.length * context_width * x.shape[2] / _rates(x).products
     bytes_kept = keys, absorbed_bytes(source, layer.attn.heads, x.shape[2], dtype, x.device)
     is_open = not (source.attenuation or layer.kind == "images" or reading_refusals(layer))
@@ -210,10 +210,10 @@ def compare(
     layer: Layer, x: torch.Tensor, source: Source, context_width: int, backend: str, chooser: Chooser,
     unreadable: bool, unkept: bool,
 ) -> Times:  # fmt: skip
-    """What the paths take that are open.
+    """The times of the open paths.
 
     Args:
-        x: hidden states `[B, N, C]`, of which nothing but the shape, dtype and device counts.
+        x: hidden states `[B, N, C]`, of which only the shape, dtype and device count.
         unreadable: whether the weights cannot be read in place of calling the modules.
         unkept: whether K and V may not be kept.
     """
@@ -231,7 +231,7 @@ def compare(
 
 
 def estimates(layer: Layer, x: torch.Tensor, source: Source, context_width: int) -> dict[str, float]:
-    """What each path is estimated to take, in milliseconds."""
+    """The estimated time of each path, in milliseconds."""
     sizes, counts, length = (x.shape[1], x.shape[2], layer.attn.heads), source.counts, source.length
     dtype = compute_dtype(x)
     found = on_card(x.device, dtype, *sizes, counts, length, context_width)
@@ -253,8 +253,8 @@ def fastest(times: Times) -> Path:
 
 
 def without_kernels(x: torch.Tensor, dtype: torch.dtype, backend: str) -> list[str]:
-    """Why nothing faster than a layer's own processor is here for tensors where `x` is, of that dtype; empty if
-    there is.
+    """The reasons why no kernel for this dtype on the device of `x` is faster than a layer's own processor; empty if
+    one is.
     """
     fast = "cpp" if x.device.type == "cpu" else "triton"
     if backend not in ("auto", fast):

@@ -10,31 +10,31 @@ import torch
 from ...ops.backends import tell
 
 ROUNDS, ENOUGH = (3, 12), 0.1
-"""How often every call is timed, at the least and at the most, and the seconds of timing after which it is enough."""
+"""The least and the largest number of timings of each call, and the seconds of timing that are enough."""
 
 LEAST = 2
-"""How many timings of each there must be, where time runs out or others had the processor for the rest."""
+"""The least number of valid timings of each call, where time runs out or other processes disturb the rest."""
 
 BURST = 8
-"""Calls that a GPU is given at a time: they take what the host takes, or the device, whichever is longer."""
+"""Calls that a GPU gets at a time: they take the host's time or the device's, whichever is longer."""
 
 SCRATCH = 1 << 23
-"""Values that are written between two timings on a CPU, 32 MiB: in a picture a layer does not find its weights in the
-cache either.
+"""Values that are written between two timings on a CPU, 32 MiB: while an image is generated, a layer does not find its
+weights in the cache either.
 """
 
 SWITCHES = 1, 50
-"""How often others may get the processor during a timing that counts: at most once, and so often per second more."""
+"""The switches to other processes that a valid timing may have: a fixed number, and a number per second."""
 
 
 class Clock:
     """Times calls on a device.
 
     Args:
-        left: seconds that all of it may take.
+        left: seconds that all timing may take.
 
     Attributes:
-        spent: seconds by now. The first calls on a GPU, which may compile kernels, are not in it.
+        spent: seconds so far, without the first calls on a GPU, which may compile kernels.
     """
 
     def __init__(self, device: torch.device, left: float) -> None:
@@ -44,8 +44,8 @@ class Clock:
         self._scratch = torch.zeros(SCRATCH, dtype=torch.float32, device=device) if self._on_cpu else None
 
     def compare(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float] | None:
-        """The least milliseconds that each call took, in turns; None where there was too little time, or others had the
-        processor all the while.
+        """The least milliseconds of each call, timed in turns; None where there was too little time, or other processes
+        kept the processor busy.
         """
         for call in calls.values():
             start = time.perf_counter()
@@ -66,7 +66,7 @@ class Clock:
                     "the processor is busy: paths of layers are estimated, until `memkern tune` times them",
                 )
                 return None
-            # Who comes after whom changes, as what one leaves in the cache helps the next.
+            # The order changes, since the data that one call leaves in the cache helps the next.
             for name in list(calls)[:: -1 if turn % 2 else 1]:
                 self._time(calls[name], took[name])
                 if self.spent >= self._left:
@@ -74,7 +74,7 @@ class Clock:
         return _least(took)
 
     def _time(self, call: Callable[[], object], took: list[float]) -> None:
-        """Time a call, and note it if nobody came in between."""
+        """Time a call, and note the time if no other process came in between."""
         before, calls = time.perf_counter(), 1 if self._on_cpu else BURST
         if self._scratch is not None:
             self._scratch.add_(1)
@@ -98,7 +98,7 @@ def _least(took: Mapping[str, list[float]]) -> dict[str, float] | None:
 
 
 def _switches() -> int:
-    """How often others have got the processor that this process was using; 0 where that is not counted."""
+    """The number of times that other processes took the processor from this one; 0 where that is not counted."""
     try:
         import resource
     except ImportError:  # not on Windows

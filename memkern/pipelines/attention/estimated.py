@@ -1,4 +1,4 @@
-"""What a layer's paths are estimated to take on a card whose launches are known: tensor cores, L2 cache and memory."""
+"""The estimated times of a layer's paths on a card whose launches are known: tensor cores, L2 cache and memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def on_card(
     device: torch.device, dtype: torch.dtype, queries: int, width: int, heads: int, keys: Sequence[int], length: int,
     context_width: int,
 ) -> dict[str, float] | None:  # fmt: skip
-    """Milliseconds by path, on a GPU and of 16 bits; None where nothing is known of that.
+    """The milliseconds of each path, on a GPU and in a 16-bit dtype; None where these are not known.
 
     Args:
-        keys: that each sequence has left.
+        keys: the number that each sequence has left.
         length, context_width: of the context.
     """
     if device.type != "cuda" or dtype.itemsize != 2:

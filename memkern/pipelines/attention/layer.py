@@ -1,4 +1,4 @@
-"""A cross-attention layer with its own processor: what that computes, and which modules project for it."""
+"""A cross-attention layer with its own processor: its kind of attention, and its projections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers.models import attention_processor as theirs
 from torch import nn
 
 Kind = Literal["plain", "fused", "images"]
-"""softmax(q kᵀ) v with K and V of two projections, or of one; or joined by attention to the images of IP-Adapters."""
+"""softmax(q kᵀ) v with K and V from two projections, or from one; or with attention to images of IP-Adapters added."""
 
 _KINDS: dict[type, Kind] = {
     theirs.AttnProcessor: "plain",
@@ -26,11 +26,11 @@ _KINDS: dict[type, Kind] = {
 }
 
 _MODULES = {"AttnProcessor", "AttnProcessor2_0"}
-"""Plain processors that others than diffusers, such as IP-Adapter's own code, write as modules."""
+"""Plain processors that code outside diffusers, such as IP-Adapter's own, writes as modules."""
 
 
 def kind_of(processor: Any) -> Kind | None:
-    """What a processor computes; None for one that may compute anything."""
+    """The kind of attention that a processor computes; None for one that may compute anything."""
     own = type(processor)
     if own in _KINDS:
         return _KINDS[own]
@@ -42,11 +42,11 @@ def kind_of(processor: Any) -> Kind | None:
 
 
 class Images(NamedTuple):
-    """What a layer reads beside the context.
+    """The images of IP-Adapters, which a layer reads beside the context.
 
     Attributes:
-        states: of each IP-Adapter, `[B, images, tokens, D]`.
-        masks: of each, `[1, images, height, width]` or None; None for no masks at all.
+        states: one for each IP-Adapter, `[B, images, tokens, D]`.
+        masks: one for each, `[1, images, height, width]` or None; None for no masks at all.
     """
 
     states: list[torch.Tensor]
@@ -67,19 +67,19 @@ class Layer:
 
     @functools.cached_property
     def kind(self) -> Kind | None:
-        """What its own processor computes."""
+        """The kind of attention that its own processor computes."""
         return kind_of(self.own)
 
     @property
     def scale(self) -> float:
-        """What logits are multiplied by: by torch's own attention always one over the root of a head's size."""
+        """The factor of the logits: with torch's own attention always one over the root of a head's size."""
         if type(self.own).__name__.endswith("2_0"):
             return float((self.attn.inner_dim // self.attn.heads) ** -0.5)
         return float(self.attn.scale)
 
     @property
     def key_value_modules(self) -> dict[str, Any]:
-        """What makes K and V, by name."""
+        """The modules that compute K and V, by name."""
         if self.kind == "fused":
             return {"to_kv": self.attn.to_kv}
         return {"to_k": self.attn.to_k, "to_v": self.attn.to_v}
@@ -96,8 +96,8 @@ class Layer:
         return k, v
 
     def key_value_shift(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What biases add to K and V, by what the projections make of zero: an adapter may have its part in it; None
-        where they have none.
+        """The part of K and V that biases add: the projections of zero, since an adapter may add to it; None where they
+        have no biases.
         """
         if all(getattr(module, "bias", None) is None for module in self.key_value_modules.values()):
             return None

@@ -1,8 +1,8 @@
-"""What a layer's paths take, timed where a shape is met for the first time.
+"""The times of a layer's paths, measured where a shape is met for the first time.
 
-What is timed is a layer of the same shape with weights and hidden states of its own, drawn by a generator of its own:
-nothing of the picture is read or written, and no state of random numbers moves. Of a layer whose projections are
-called (LoRA, quantized, IP-Adapter) it is the plain one: what those add, they add to every path.
+The timed layer is another one of the same shape, with its own weights and hidden states from its own generator: nothing
+of the image is read or written, and no state of random numbers moves. For a layer whose projections are called (LoRA,
+quantized, IP-Adapter) it is a plain one: their extra time is the same on every path.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from .rows import Rows
 from .sources import Readers, Source
 
 Projections = Literal["read", "called", "anew"]
-"""The weights are read; the modules are called, K and V kept; or K and V are made anew at each step."""
+"""The weights are read; the modules are called, K and V kept; or K and V are computed again at each step."""
 
 SECONDS = 2.0
-"""What a pipeline may spend on timing, unless MEMKERN_CHOICE_SECONDS says otherwise."""
+"""The seconds that a pipeline may spend on timing, unless MEMKERN_CHOICE_SECONDS says otherwise."""
 
 _ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a layer's time depends on.
+    """The properties that a layer's time depends on.
 
     Attributes:
         queries, heads, head_dim, width: N, H, D and C.
-        keys: that each sequence has left, and the rows of the batch that read them, in order.
+        keys: the numbers of keys left, each with the number of rows of the batch that read them, in order.
         length, context_width: of the context.
         dtype: of the hidden states.
-        computed: what products are computed in.
-        former: the layer's own processor, with what changes its speed.
-        projections: what may be done with them.
-        backend: that was asked for.
+        computed: the dtype of products.
+        former: the layer's own processor, with the settings that change its speed.
+        projections: how they may be used.
+        backend: the one that was asked for.
         setting: threads of a CPU, or whether a GPU's float32 is TF32.
     """
 
@@ -73,7 +73,7 @@ class Shape:
     def of(
         cls, layer: Layer, x: torch.Tensor, source: Source, context_width: int, backend: str, projections: Projections
     ) -> Shape:
-        """The shape of a layer with hidden states like x and keys like those of `source`; their numbers count by
+        """The shape of a layer with hidden states like x and keys like those of `source`, in numbers rounded up to
         multiples of 8.
         """
         attn = layer.attn
@@ -105,7 +105,7 @@ class Shape:
 
 
 def rounded(readers: Iterable[tuple[int, int]], length: int) -> Readers:
-    """Keys of sequences as they tell shapes apart: multiples of 8, but no more than the context has, in order."""
+    """The numbers of keys as shapes have them: multiples of 8, but no more than the context has, in order."""
     return tuple(sorted((min(length, max(1, -(-count // MULTIPLE)) * MULTIPLE), rows) for count, rows in readers))
 
 
@@ -117,23 +117,23 @@ def _former(layer: Layer) -> str:
 
 
 def _processor(layer: Layer) -> tuple[Any, bool]:
-    """What computes the layer in its former way, and whether K and V are of one projection.
+    """The processor that computes the layer in its former way, and whether K and V are of one projection.
 
-    Beside the images of IP-Adapters the text's part is what the paths differ in.
+    With images of IP-Adapters the paths differ only in the text's part.
     """
     return (AttnProcessor2_0(), False) if layer.kind == "images" else (layer.own, layer.kind == "fused")
 
 
 class Chooser:
-    """Tells what the paths of a pipeline's layers take: from the table, else timed while there is time left for that,
-    else estimated.
+    """Gives the times of the paths of a pipeline's layers: from the table, else measured while there is time left for
+    that, else estimated.
 
     Args:
         measures: whether anything is timed or looked up.
-        seconds: how long timing may take, all shapes together. The first call of a path on a GPU, which may compile
-            kernels, does not count: that is done once on a machine.
+        seconds: the most that timing may take, all shapes together. The first call of a path on a GPU, which may
+            compile kernels, does not count: that is done once on a machine.
         folder: of the tables; None keeps nothing beyond the process.
-        again: whether what was only estimated by another process is timed after all.
+        again: whether times that another process only estimated are now measured.
     """
 
     def __init__(
@@ -143,10 +143,10 @@ class Chooser:
 
     @classmethod
     def from_environment(cls) -> Chooser:
-        """As MEMKERN_CHOICE, MEMKERN_CHOICE_SECONDS and MEMKERN_CACHE say.
+        """Make the chooser that MEMKERN_CHOICE, MEMKERN_CHOICE_SECONDS and MEMKERN_CACHE ask for.
 
         Raises:
-            ValueError: one of them says what cannot be.
+            ValueError: one of them has a value that is not allowed.
         """
         how, seconds = os.environ.get("MEMKERN_CHOICE", "measured"), os.environ.get("MEMKERN_CHOICE_SECONDS")
         if how not in ("measured", "estimated"):
@@ -157,18 +157,18 @@ class Chooser:
         self, layer: Layer, x: torch.Tensor, source: Source, context_width: int, backend: str, projections: Projections,
         estimates: Mapping[Any, float],
     ) -> Times:  # fmt: skip
-        """What the paths of a layer take, in milliseconds.
+        """The times of a layer's paths, in milliseconds.
 
         Args:
-            x: hidden states `[B, N, C]`, of which nothing but the shape, dtype and device counts.
-            estimates: of the paths that are open.
+            x: hidden states `[B, N, C]`, of which only the shape, dtype and device count.
+            estimates: those of the open paths.
         """
         estimated = Times(dict(estimates), measured=False)
         if not self.measures or _is_watched():
             return estimated
         shape = Shape.of(layer, x, source, context_width, backend, projections)
         kept, key = table(self.folder, x.device), str(shape)
-        # Whoever waits finds what the other one has found.
+        # A thread that waits then finds the times of the other.
         with _ONE_AT_A_TIME:
             found = kept.find(key)
             if found is None or (self.again and not found.measured):
@@ -178,7 +178,7 @@ class Chooser:
         return found
 
     def _timed(self, layer: Layer, shape: Shape, device: torch.device, paths: list[str]) -> dict[str, float] | None:
-        """What was timed; None where there was no time for it, or it failed."""
+        """The measured times; None where there was no time left, or timing failed."""
         if self.left <= 0:
             return None
         clock = Clock(device, self.left)
@@ -186,7 +186,7 @@ class Chooser:
             with torch.no_grad():
                 return clock.compare(calls(layer, shape, device, paths))
         except Exception as error:
-            # A picture does not fail for what is none of its own.
+            # An image does not fail because timing does.
             tell(("timing", str(shape)), f"no path was timed for {shape}: {type(error).__name__}: {error}")
             return None
         finally:
@@ -204,9 +204,7 @@ def _seconds(text: str) -> float:
 
 
 def _is_watched() -> bool:
-    """Whether what is computed now is not just computed: counted, traced or made up, by a mode or by hooks on every
-    module.
-    """
+    """True if a mode, or hooks on every module, now watch all computation: to count, trace or fake it."""
     hooked: Callable[[], bool] = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
     return bool(torch._C._len_torch_dispatch_stack()) or torch.compiler.is_compiling() or hooked()
 
@@ -239,7 +237,7 @@ def calls(
 
 
 class _Draw:
-    """Tensors of small numbers, by a generator that is nobody else's."""
+    """Tensors of small random numbers, from a generator of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._generator = device, torch.Generator(device)
@@ -263,7 +261,7 @@ def _stand_in(layer: Layer, shape: Shape, draw: _Draw) -> Layer:
     inner = shape.heads * shape.head_dim
 
     def linear(inputs: int, outputs: int, like: Any) -> nn.Linear:
-        # Under autocast the casts of weights are kept.
+        # Autocast keeps the casts of weights, so these already have that dtype.
         return draw.linear(inputs, outputs, getattr(like, "bias", None) is not None, shape.computed)
 
     parts: dict[str, Any] = {"to_q": linear(shape.width, inner, real.to_q)}

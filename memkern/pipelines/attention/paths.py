@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from .rows import Segment
 from .sources import Source
 
 Attend = Callable[[torch.Tensor, torch.Tensor, Images | None], torch.Tensor]
-"""From a layer's hidden states `[B, N, C]`, its context and its images to its output."""
+"""A function from a layer's hidden states `[B, N, C]`, its context and its images to its output."""
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a layer's products are computed in: its hidden states' dtype, or autocast's."""
+    """The dtype of a layer's products: that of its hidden states, or autocast's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -29,10 +29,10 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def projected(
     layer: Layer, source: Source, backend: str, context: torch.Tensor | None = None, *, readable: bool = False
 ) -> Attend:
-    """to_q, attention over the keys that are left, to_out; beside the images of IP-Adapters, if the layer has some.
+    """The path of to_q, attention over the keys that are left, and to_out; with the images of IP-Adapters, if any.
 
     Args:
-        context: what K and V are made of once and for all; None where they are made anew each time.
+        context: the tensor that K and V are computed from once; None where they are computed at each call.
         readable: whether the weights of to_q and to_out may be read in place of calling them.
     """
     attn = layer.attn
@@ -65,8 +65,8 @@ def _beside_images(layer: Layer, attend_text: Callable[[torch.Tensor, torch.Tens
 
 
 class _TextElsewhere:
-    """An attention layer to an IP-Adapter's processor: the text is one key whose value is zero, and what was computed
-    of it by others comes in before the output's projection.
+    """A stand-in for the attention layer that an IP-Adapter's processor reads: its text is one key whose value is zero,
+    and the text's part, computed elsewhere, is added before the output's projection.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class _TextElsewhere:
 def _text(
     layer: Layer, source: Source, backend: str, context: torch.Tensor | None
 ) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
-    """What attends to the keys that are left, from queries `[B, N, C]` and the context to `[B, N, C]`, and K and V
-    where they are kept.
+    """The attention to the keys that are left, as a function from queries `[B, N, C]` and the context to `[B, N, C]`;
+    and K and V where they are kept, else None.
     """
     attn = layer.attn
 
@@ -110,25 +110,28 @@ def _text(
     segments = tuple(source.rows.segments())
 
     def attend(q: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        # What is called may leave autocast's dtype to others.
+        # A projection that is called may return another dtype than autocast's.
         k, v = (rows.to(q.dtype) for rows in kept or project(context))
 
-        def attend_to(q: torch.Tensor, part: slice) -> torch.Tensor:
+        def attend_to(part: slice, q: torch.Tensor) -> torch.Tensor:
             q = split_heads(q, attn.heads)
             k_part, bias = source.attenuated(q, k[part], layer.scale), source.keys.bias[part]
             heads: torch.Tensor = ops.biased_attention(q, k_part, v[part], bias, layer.scale, backend=backend)
             return heads.transpose(1, 2).flatten(2)
 
-        return _by_segment(segments, q, attend_to)
+        return _by_segment(segments, q, [functools.partial(attend_to, one.distinct) for one in segments])
 
     return attend, kept
 
 
 def _by_segment(
-    segments: tuple[Segment, ...], x: torch.Tensor, compute: Callable[[torch.Tensor, slice], torch.Tensor]
+    segments: tuple[Segment, ...], x: torch.Tensor, computes: Sequence[Callable[[torch.Tensor], torch.Tensor]]
 ) -> torch.Tensor:
-    """What `compute` makes of rows `[B, N, C]`: of a segment's rows folded, and which distinct ones they read."""
-    made = [compute(one.folded(x), one.distinct).view(-1, x.shape[1], x.shape[2]) for one in segments]
+    """`[B, N, C]` of rows `[B, N, C]`, computed segment by segment, each of its folded rows."""
+    if len(segments) == 1 and segments[0].times == 1:
+        return computes[0](x)
+    folded = (compute(one.folded(x)) for one, compute in zip(segments, computes, strict=True))
+    made = [out.view(-1, x.shape[1], x.shape[2]) for out in folded]
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
@@ -146,10 +149,10 @@ def absorbed(
 ) -> tuple[Attend, int] | None:
     """One operator in place of the layer, and the bytes it keeps; weights are read, and no module is called.
 
-    None where float16 has no room for it: what is multiplied out may be larger than all that it is made of.
+    None where float16 overflows: the products may be larger than their factors.
 
     Args:
-        dtype: what the products are computed in.
+        dtype: that of the products.
     """
     attn, on_cpu = layer.attn, context.device.type == "cpu"
     k, v = (split_heads(rows, attn.heads).float() for rows in source.project(layer, context))  # [B, H, n, D]
@@ -157,7 +160,7 @@ def absorbed(
     q_weight, o_weight = (module.weight.detach().to(dtype).float() for module in (to_q, to_out))
     out_bias = None if to_out.bias is None else to_out.bias.detach().to(dtype)
     bias = source.keys.bias
-    # In float32, and rounded once.
+    # Computed in float32, and rounded once.
     with torch.autocast(context.device.type, enabled=False):
         a = k @ q_weight.view(attn.heads, -1, q_weight.shape[1]) * layer.scale  # [B, H, n, C]
         vo = v @ o_weight.view(o_weight.shape[0], attn.heads, -1).permute(1, 2, 0)
@@ -171,22 +174,30 @@ def absorbed(
     if on_cpu:
         return _absorbed_rows(attn, a, bias, vo, out_bias, source)
 
-    vo, segments = zero_excluded(vo, bias), tuple(source.rows.segments())
+    return _absorbed_launches(attn, a, bias, zero_excluded(vo, bias), out_bias, source, backend)
 
-    def attend_to(x: torch.Tensor, part: slice) -> torch.Tensor:
-        out: torch.Tensor = ops.absorbed_attention(
-            x, a[part], bias[part], vo[part], out_bias, zeroed=True, backend=backend
-        )
-        return out
+
+def _absorbed_launches(
+    attn: Any,
+    a: torch.Tensor,
+    bias: torch.Tensor,
+    vo: torch.Tensor,
+    out_bias: torch.Tensor | None,
+    source: Source,
+    backend: str,
+) -> tuple[Attend, int]:
+    segments, dtype = tuple(source.rows.segments()), vo.dtype
+    parts = [one.distinct for one in segments]
+    computes = [ops.Again(a[part], bias[part], vo[part], out_bias, backend) for part in parts]
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
-        return _finished(attn, _by_segment(segments, x.to(dtype), attend_to), x)
+        return _finished(attn, _by_segment(segments, x.to(dtype), computes), x)
 
     return attend, a.nbytes + vo.nbytes
 
 
 def absorbed_bytes(source: Source, heads: int, channels: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The most that `absorbed` keeps of a source."""
+    """The largest number of bytes that `absorbed` keeps of a source."""
     if device.type != "cpu":
         return 2 * source.keys.index.numel() * heads * channels * dtype.itemsize
     rows = [heads * _padded(left, heads) for left in source.keys.counts]
@@ -195,7 +206,7 @@ def absorbed_bytes(source: Source, heads: int, channels: int, dtype: torch.dtype
 
 
 def _padded(left: int, heads: int) -> int:
-    """So many keys that there is a multiple of 8 over all heads."""
+    """The number of keys of a head, rounded up so that all heads together have a multiple of 8."""
     step = 8 // math.gcd(heads, 8)
     return -(-max(1, left) // step) * step
 
@@ -204,7 +215,7 @@ def _absorbed_rows(
     attn: Any, a: torch.Tensor, bias: torch.Tensor, vo: torch.Tensor, out_bias: torch.Tensor | None,
     source: Source,
 ) -> tuple[Attend, int]:  # fmt: skip
-    """On the CPU every sequence is as wide as its own keys, up to a multiple of 8 over all heads."""
+    """The absorbed path on the CPU: every sequence is as wide as its own keys, up to a multiple of 8 over all heads."""
     heads, channels, dtype = a.shape[1], a.shape[3], vo.dtype
     parts = []
     for b, left in enumerate(source.keys.counts):
@@ -227,8 +238,8 @@ def _absorbed_rows(
 
 
 def _projected_rows(layer: Layer, source: Source, k: torch.Tensor, v: torch.Tensor) -> Attend:
-    """On the CPU every sequence has its own keys alone, and its queries go through the layer in tiles; sequences of few
-    queries go through it together.
+    """The projected path on the CPU: every sequence has only its own keys, and its queries go through the layer in
+    tiles; sequences with few queries go through it together.
     """
     attn = layer.attn
     to_q, to_out = (

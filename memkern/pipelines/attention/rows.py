@@ -1,4 +1,4 @@
-"""Rows of a batch that read the same keys and values: several images of a prompt, the negative of several prompts.
+"""Rows of a batch that read the same keys and values: several images of a prompt, or one negative prompt of several.
 
 They are projected and kept once. Rows that follow each other go through a kernel as one longer sequence.
 """
@@ -16,12 +16,12 @@ from ...seen import fingerprints
 
 
 class Segment(NamedTuple):
-    """Rows of a batch that follow each other: so many distinct ones, each as many times in a row.
+    """Consecutive rows of a batch: distinct ones, each repeated the same number of times.
 
     Attributes:
-        batch: which of the batch.
-        distinct: which of the distinct ones.
-        times: how often each comes.
+        batch: the slice of the batch.
+        distinct: the slice of the distinct rows.
+        times: the number of times that each comes.
     """
 
     batch: slice
@@ -36,11 +36,11 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a batch are the same.
+    """The equal rows of a batch.
 
     Attributes:
-        which: for each row the number of the distinct one that it is, in the order in which they come first.
-        first: for each distinct one the first row that is it.
+        which: for each row the number of its distinct row; these are numbered in the order in which they first come.
+        first: for each distinct row the first row of the batch that equals it.
     """
 
     which: tuple[int, ...]
@@ -48,7 +48,7 @@ class Rows:
 
     @classmethod
     def of(cls, *tensors: torch.Tensor) -> Rows:
-        """Rows with the same bits in all of `tensors`, `[B, ...]` each. A device sync for each device."""
+        """The rows with the same bits in all of `tensors`, `[B, ...]` each. One sync for each device."""
         found: list[list[int]] = []
         for device in dict.fromkeys(tensor.device for tensor in tensors):
             own = [fingerprints(tensor) for tensor in tensors if tensor.device == device]
@@ -59,7 +59,7 @@ class Rows:
 
     @classmethod
     def all_different(cls, count: int) -> Rows:
-        """Each row for itself."""
+        """A batch in which no rows are equal."""
         return cls(tuple(range(count)), tuple(range(count)))
 
     @classmethod
@@ -70,20 +70,20 @@ class Rows:
 
     @property
     def differ(self) -> bool:
-        """Whether each row is one of its own."""
+        """True if no rows are equal."""
         return len(self.first) == len(self.which)
 
     def distinct(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[R, ...]` of `[B, ...]`."""
+        """The distinct rows `[R, ...]` of `[B, ...]`."""
         return rows if self.differ else rows[list(self.first)]
 
     def segments(self) -> Iterator[Segment]:
-        """The batch from its first row to its last, in as few segments as there can be."""
+        """The batch from its first row to its last, in as few segments as possible."""
         runs = [(number, len(list(run))) for number, run in itertools.groupby(self.which)]
         start = 0
         while runs:
             number, times = runs[0]
-            # As long as the next ones are kept next to it, and come as often.
+            # As long as the next ones have the next numbers, and come as often.
             count = next((i for i, run in enumerate(runs) if run != (number + i, times)), len(runs))
             stop = start + count * times
             yield Segment(slice(start, stop), slice(number, number + count), times)

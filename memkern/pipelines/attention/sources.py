@@ -1,4 +1,4 @@
-"""The keys and values that a cross-attention layer reads of a context, edited or not, before any layer's weights."""
+"""The keys and values that a cross-attention layer reads from a context, edited or not, before any layer's weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Readers = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Attenuation:
-    """What `attenuate` edits do, and where: `selected` is bool `[B, n]`, the keys they look at."""
+    """An `attenuate` edit: its numbers, and `selected`, bool `[B, n]`, the keys it looks at."""
 
     factor: float
     threshold: float
     selected: torch.Tensor
 
     def factors(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-        """What each key's logit is multiplied by, `[B, H, n]`, for q `[B, H, N, D]` and k `[B, H, n, D]`."""
+        """The factor of each key's logit, `[B, H, n]`, for q `[B, H, N, D]` and k `[B, H, n, D]`."""
         keys = wide(k)
         tops = [(wide(part) @ keys.mT).amax(2) for part in torch.split(q, 1024, 2)]
         top = torch.stack(tops).amax(0) * scale  # [B, H, n]
@@ -42,14 +42,14 @@ class Attenuation:
 
 @dataclass(frozen=True)
 class Source:
-    """The keys and values of a context, before any layer's weights; once for rows that are the same.
+    """The keys and values of a context, before any layer's weights; once for equal rows.
 
     Attributes:
-        rows: which of the batch's rows those are.
-        keys: which are left, of each distinct row.
+        rows: the equal rows of the batch.
+        keys: those that are left of each distinct row.
         length: L of the context.
-        project: from a layer and the context to k and v of them, `[R, n, C]` each.
-        attenuation: what depends on the queries.
+        project: a function from a layer and the context to their k and v, `[R, n, C]` each.
+        attenuation: the edits that depend on the queries.
         edited: whether the layer's own processor, which knows of no edits, would compute something else.
     """
 
@@ -62,17 +62,17 @@ class Source:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many keys each row of the batch has left."""
+        """The number of keys that each row of the batch has left."""
         return tuple(self.keys.counts[number] for number in self.rows.which)
 
     @property
     def readers(self) -> Readers:
-        """How many keys each distinct row has left, and how many rows of the batch it stands for."""
+        """The number of keys that each distinct row has left, and the number of the batch's rows that it stands for."""
         times = Counter(self.rows.which)
         return tuple((count, times[number]) for number, count in enumerate(self.keys.counts))
 
     def attenuated(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-        """k `[B, H, n, D]` as the queries q `[B, H, N, D]` leave it."""
+        """The keys k `[B, H, n, D]`, attenuated for the queries q `[B, H, N, D]`."""
         for attenuation in self.attenuation:
             k = k * attenuation.factors(q, k, scale).unsqueeze(-1).to(k.dtype)
         return k
@@ -105,11 +105,11 @@ def edited(
         context: `[B, L, D]`.
         plan: of its rows, on the host.
         bank: `[B, M, D]`, the rows that the plan reads beside the context's own.
-        attenuation: with `selected` `[B, L]` on the host; no two keys are made one then.
+        attenuation: with `selected` `[B, L]` on the host; no keys are merged then.
         backend: of `edit_kv`.
-        coalesced: whether equal keys, and rows of the batch that are the same, may be made one.
-        columns: what is done to the context before the plan, where encoders' columns are edited differently; no two
-            keys are made one then.
+        coalesced: whether equal keys, and equal rows of the batch, may be merged.
+        columns: an edit of the context before the plan, where encoders' columns are edited differently; no keys are
+            merged then.
     """
     rows = Rows.all_different(len(context))
     if coalesced and not attenuation and columns is None:
@@ -121,7 +121,7 @@ def edited(
     source, k_scale, v_scale = (
         part.to(context.device, non_blocking=True) for part in (plan.source, plan.k_scale, plan.v_scale)
     )
-    # What a logit is multiplied by; a key that is zeroed keeps its own.
+    # The factor of a logit; a key that is zeroed keeps its own.
     factor = torch.where(v_scale != 0, k_scale / v_scale, torch.ones_like(v_scale)).unsqueeze(-1)
 
     def project(layer: Layer, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +137,7 @@ def edited(
     moved = []
     for part in attenuation:
         selected = part.selected.to(context.device).gather(1, keys.index)
-        # What pads the keys stands for none of them, and is not judged among them.
+        # Padding stands for no key, and is not judged among the keys.
         moved.append(Attenuation(part.factor, part.threshold, selected & (keys.bias != -torch.inf)))
     return Source(rows, keys, context.shape[1], project, tuple(moved), edited=True)
 

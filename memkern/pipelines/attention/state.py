@@ -1,4 +1,4 @@
-"""The state of the weights that something was computed from: whether they have changed since."""
+"""The state of the weights that a result was computed from, to see if they have changed since."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .layer import Layer
 from .weights import has_hooks, is_plain, keeping_refusals, reading_refusals
 
 SAMPLES = 32
-"""Values of a weight that are compared with what they were."""
+"""The number of a weight's values that are compared with their former ones."""
 
 _SETTINGS = (bool, int, float, str, type(None))
 
 
 class Weights:
-    """The modules of a layer that something was computed by, as they were.
+    """The modules of a layer that computed a result, as they were then.
 
     A tensor is the same if it is the same object with the same version, memory and dtype; settings, such as the
-    weight of an adapter, if they are equal. An edit through `weight.data`, or of a tensor made in inference mode,
-    counts no version: on the CPU a sample of the values is compared where that is asked for, or where there is no
-    version at all; a dense update changes it.
+    weight of an adapter, if they are equal. An edit through `weight.data`, or of a tensor made in inference mode, does
+    not change the version: on the CPU a sample of the values is compared where that is asked for, or where there is no
+    version at all; a dense update changes the sample.
 
     Args:
-        is_read: whether all weights were read, and not K and V alone computed by calling their modules.
+        is_read: whether all weights were read; if not, only K and V were computed, by calling their modules.
     """
 
     def __init__(self, layer: Layer, *, is_read: bool) -> None:
@@ -49,12 +49,12 @@ class Weights:
             self._settings = _settings(self._modules)
 
     def unchanged(self, layer: Layer, *, by_value: bool) -> bool:
-        """Whether the layer still has these modules, as they were, and nothing else runs when they are called.
+        """True if the layer still has these modules, as they were, and nothing else runs when they are called.
 
         Args:
-            by_value: whether values are looked at although versions are counted.
+            by_value: whether values are compared even where torch counts versions.
         """
-        # Asked of each layer in each step: what is usual costs no call that is not needed.
+        # Runs for each layer in each step: the usual case makes no call that is not needed.
         attn = layer.attn
         if _numbers(attn) != self._numbers:
             return False
@@ -98,7 +98,7 @@ class _Tensor:
         self._sample = _sample(tensor)
 
     def is_still(self, now: torch.Tensor | None, by_value: bool) -> bool:
-        """Whether it is `now`, unwritten since."""
+        """True if it is `now`, unwritten since."""
         if now is not self._tensor or now.dtype != self._dtype:
             return False
         if self._place is not None and now.data_ptr() != self._place:
@@ -121,7 +121,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _is_linear(module: Any) -> bool:
-    """Whether a module is nothing but a linear one of plain tensors."""
+    """True if a module is only a linear one, of plain tensors."""
     return (
         type(module) is nn.Linear
         and not has_hooks(module)
@@ -131,7 +131,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def _places(layer: Layer, modules: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Where the layer holds its modules: a dictionary, a name in it, and the module."""
+    """The places of the layer's modules: a dictionary, a name in it, and the module."""
     outs = layer.attn.to_out
     for name, module in modules.items():
         if name == "to_out[0]":
@@ -161,7 +161,7 @@ def _tensors(modules: tuple[Any, ...]) -> Iterator[torch.Tensor]:
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor, and what a quantized one is made of."""
+    """A tensor, and the parts of a quantized one."""
     yield tensor
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
@@ -169,7 +169,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _settings(modules: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """What is set on modules that are more than linear, as far as it is plain numbers and words."""
+    """The settings of modules that are more than linear, as far as they are plain numbers and strings."""
     return [
         (name, copy.copy(value))
         for module in modules

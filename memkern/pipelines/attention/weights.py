@@ -1,8 +1,8 @@
-"""The weights of a cross-attention layer: whether they can be read, and what may be kept of them.
+"""The weights of a cross-attention layer: whether they can be read, and whether their keys and values may be kept.
 
 Weights are read only where calling the module does nothing else: plain linear modules of plain tensors. Everything
-else (LoRA, quantized weights, offload, hooks) keeps being called; of what is called, keys and values are kept where
-nothing but tensors and plain settings can change them.
+else (LoRA, quantized weights, offload, hooks) is still called; its keys and values are kept where only tensors and
+plain settings can change them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ CASTS = {"layerwise_casting"}
 """Hooks of diffusers that change how a weight is stored, and nothing that the module computes."""
 
 KNOWN = ("torch", "peft", "diffusers", "torchao", "bitsandbytes", "optimum")
-"""Packages whose modules keep what they compute with in tensors and plain settings."""
+"""Packages whose modules compute only with tensors and plain settings."""
 
 
 def whole_refusals(attn: Any) -> list[str]:
-    """Why the layer does something that neither path reproduces; empty if it does not."""
+    """The reasons why neither path reproduces the layer; empty if both do."""
     reasons = [
         f"it has {name}"
         for name in ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj")
@@ -36,7 +36,7 @@ def whole_refusals(attn: Any) -> list[str]:
 
 
 def reading_refusals(layer: Layer) -> list[str]:
-    """Why the weights of the layer's projections cannot be read in place of calling them; empty if they can."""
+    """The reasons why the projections' weights cannot be read in place of calling them; empty if they can."""
     reasons = ["the layer has hooks"] if has_hooks(layer.attn) else []
     for name, module in layer.modules.items():
         if type(module) is not nn.Linear:
@@ -49,7 +49,7 @@ def reading_refusals(layer: Layer) -> list[str]:
 
 
 def keeping_refusals(layer: Layer) -> list[str]:
-    """Why what the layer's projections make of keys and values may not be kept; empty if it may."""
+    """The reasons why keys and values from the layer's projections may not be kept; empty if they may."""
     reasons = []
     for name, module in layer.key_value_modules.items():
         strange = [type(part).__name__ for part in module.modules() if type(part).__module__.split(".")[0] not in KNOWN]
@@ -61,8 +61,8 @@ def keeping_refusals(layer: Layer) -> list[str]:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether something besides the module itself runs when it is called."""
-    # Asked of each layer in each step: an attribute that a module lacks is looked for in its dictionary.
+    """True if something besides the module itself runs when it is called."""
+    # Runs for each layer in each step: attributes that a module may lack are looked up in its dictionary.
     own = vars(module)
     if own["_forward_hooks"] or "_hf_hook" in own:
         return True

@@ -1,1 +1,1 @@
-"""What is known of diffusers' and transformers' classes."""
+"""Knowledge of diffusers' and transformers' classes."""

@@ -35,7 +35,7 @@ class Slot:
     tokenizer: str
 
     def refusal(self, pipe: Any) -> str | None:
-        """Why the pipeline's encoder is none of ours; None if it is."""
+        """The reason why the pipeline's encoder is refused; None if it is not."""
         encoder = getattr(pipe, self.encoder, None)
         if clip_embeddings(encoder) is not None:
             return None
@@ -53,7 +53,7 @@ class Slot:
         return found
 
     def width(self, pipe: Any) -> int:
-        """How many columns of the context the encoder makes."""
+        """The number of columns of the context that the encoder makes."""
         return int(self.embeddings(pipe).token_embedding.embedding_dim)
 
     def vocabulary(self, pipe: Any) -> Vocabulary:
@@ -80,16 +80,16 @@ SLOTS = (Slot("text_encoder", "tokenizer"), Slot("text_encoder_2", "tokenizer_2"
 
 
 def slots(pipe: Any) -> tuple[Slot, ...]:
-    """Those that the pipeline has, in the order in which it calls them: SDXL has both, its refiner the second."""
+    """The text encoders of the pipeline, in the order of its calls: SDXL has both, its refiner only the second."""
     return tuple(slot for slot in SLOTS if clip_embeddings(getattr(pipe, slot.encoder, None)) is not None)
 
 
 @dataclass(frozen=True)
 class EncoderCall:
-    """What one text-encoder call read.
+    """The input of one text-encoder call.
 
     Attributes:
-        slot: which encoder's.
+        slot: that of the encoder.
         roles: uint8 `[B, L]` on the host.
         swapped: bool `[B, L]`, the positions whose pad id was replaced.
     """

@@ -1,4 +1,4 @@
-"""What a pipeline's method for encoding prompts returns: which part is whose."""
+"""The result of a pipeline's method for encoding prompts: the part of each branch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def method(pipe: object) -> str:
 
 
 def split(pipe: object, outputs: Any, guided: bool) -> dict[Branch, torch.Tensor]:
-    """The embeddings `[B·n, L, D]` of each branch in what the method returned."""
+    """The embeddings `[B·n, L, D]` of each branch in the result of the method."""
     if not isinstance(outputs, torch.Tensor):
         return {branch: outputs[index] for index, branch in enumerate(BRANCHES) if branch == "cond" or guided}
     if not guided:
@@ -37,7 +37,7 @@ def split(pipe: object, outputs: Any, guided: bool) -> dict[Branch, torch.Tensor
 
 
 def join(pipe: object, outputs: Any, parts: dict[Branch, torch.Tensor]) -> Any:
-    """What the method is to return, with other embeddings."""
+    """The result of the method, with other embeddings."""
     if not isinstance(outputs, torch.Tensor):
         results = list(outputs)
         for index, branch in enumerate(BRANCHES):
@@ -63,7 +63,7 @@ def encoded_branches(pipe: Any, arguments: dict[str, Any]) -> tuple[list[Branch]
 
 
 def zeroed_negatives(pipe: Any, arguments: dict[str, Any]) -> bool:
-    """Whether the negative embeddings are all zero rather than those of an empty prompt, as SDXL's are."""
+    """True if the negative embeddings are all zero rather than those of an empty prompt, as SDXL's are."""
     forced = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
     return bool(forced) and arguments.get("negative_prompt") is None and arguments["negative_prompt_embeds"] is None
 
@@ -72,7 +72,7 @@ def columns(pipe: Any, slots: tuple[Slot, ...], width: int) -> list[slice]:
     """The columns of a context of this width that each encoder made.
 
     Raises:
-        ValueError: it is narrower than what they make.
+        ValueError: the context is narrower than these columns.
     """
     found, start = [], 0
     for slot in slots:

@@ -1,4 +1,4 @@
-"""Which pipelines can be patched, and why others cannot."""
+"""The pipelines that can be patched, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ARGUMENTS = ("prompt", "do_classifier_free_guidance", "prompt_embeds", "negativ
 
 
 def refusals(pipe: DiffusionPipeline) -> list[str]:
-    """Why `pipe` cannot be patched; empty if it can."""
+    """The reasons why `pipe` cannot be patched; empty if it can."""
     encode = getattr(pipe, outputs.method(pipe), None)
     known = () if encode is None else inspect.signature(encode).parameters
     encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
@@ -26,7 +26,7 @@ def refusals(pipe: DiffusionPipeline) -> list[str]:
     if "prompt_3" in known and "prompt_4" not in known:
         present.pop("text_encoder_3", None)
     parts = inspect.signature(type(pipe).__init__).parameters
-    # Others encode prompts by the same names, and read something else of them: Stable Cascade its pooled outputs.
+    # Other pipelines encode prompts by the same names, and read another result: Stable Cascade its pooled outputs.
     reads_context = "unet" in parts or ("prompt_3" in known and "transformer" in parts)
     reasons = [
         f"its {name} is a {type(encoder).__name__}, not a CLIP text model"

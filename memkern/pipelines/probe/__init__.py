@@ -1,4 +1,4 @@
-"""What a UNet attends to, recorded."""
+"""A recording of what a UNet attends to."""
 
 from .probe import probe
 from .record import Probe

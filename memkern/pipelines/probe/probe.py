@@ -1,4 +1,4 @@
-"""What a UNet attends to: the attention mass on each role, per layer and step.
+"""A recording of what a UNet attends to: the attention mass on each role, per layer and step.
 
     with memkern.probe(pipe) as probe:
         pipe("a photograph of an astronaut")
@@ -6,7 +6,7 @@
     probe.plot("roles.png")
 
 Mass is the share of the softmax that the keys of a role get, as a mean over queries and heads: over the roles of a
-row it sums to 1. On a patched pipeline it is that of the edited keys. `memkern.ops.attention_mass` sums it.
+row it sums to 1. On a patched pipeline it is the mass of the edited keys. `memkern.ops.attention_mass` computes it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .record import Probe, Record
 
 
 class LayerHook:
-    """A forward pre-hook on one layer that computes what it is about to attend to, and leaves it alone."""
+    """A forward pre-hook on one layer that computes the attention mass of the coming call, and changes nothing."""
 
     reads_only = True
 
@@ -49,14 +49,14 @@ class LayerHook:
     def __call__(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-        # Beside the images of IP-Adapters.
+        # With IP-Adapters it is a tuple of text and images.
         context = context[0] if isinstance(context, tuple) else context
         if isinstance(context, torch.Tensor):
             self.owner.record(self.name, attn, x, context, mapped=self.mapped)
 
 
 class Recorder:
-    """The hooks of one probe, and where they write."""
+    """The hooks of one probe, which write its records."""
 
     def __init__(self, pipe: Any, probe: Probe) -> None:
         self.probe = probe
@@ -75,7 +75,7 @@ class Recorder:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The UNet is called: memkern's own hook has looked at its context by then."""
+        """Count a call of the UNet; memkern's own hook has looked at its context by then."""
         call = self._site.call
         session = None if call is None else call.session
         self.step = self.step + 1 if session is self._session else 0
@@ -98,7 +98,7 @@ class Recorder:
         self.probe.records.append(Record(name, self.step, known.rows, roles, positions, shaped))
 
     def _known(self, context: torch.Tensor) -> Context:
-        """What is known of a context, once per context."""
+        """The `Context` that describes this tensor, kept until another tensor comes."""
         call = self._site.call
         if call is not None and call.known is not None and call.known.seen.is_here(context):
             known = call.known
@@ -118,8 +118,8 @@ class Recorder:
     def _source(
         self, known: Context, context: torch.Tensor, roles: torch.Tensor, active: Active
     ) -> tuple[Source, torch.Tensor]:
-        """What layers attend to under the edits `active`, every key for itself, and which keys are EOT's, float32
-        `[B, n]`; once per context.
+        """The keys and values under the edits `active`, no keys merged, and the weights of the keys, 1 for EOT, 0 for
+        others, float32 `[B, n]`; made once per context.
         """
         if active not in self._sources:
             assert known.edits is not None
@@ -143,7 +143,7 @@ def attention_mass(
 
     Args:
         x: hidden states `[B, N, C]`.
-        context: what `source` is of.
+        context: the tensor that `source` was made from.
         weight: float32 `[B, n]`, 1 for the keys to sum.
     """
     keys = source.keys
@@ -159,8 +159,8 @@ def attention_mass(
 def probe(pipe: Any) -> Iterator[Probe]:
     """Record the attention mass per role, layer and step of what `pipe` generates inside the `with` block.
 
-    It works on a patched pipeline and on one that is not: that is patched with "none" meanwhile, which changes no
-    image. Nothing but the record stays.
+    A pipeline that is not patched is patched with "none" for the length of the block, which changes no image. Only the
+    record stays.
 
     Yields:
         A `Probe`.

@@ -1,4 +1,4 @@
-"""What a probe recorded: the attention mass on each role, as numbers, a table and pictures."""
+"""The record of a probe: the attention mass on each role, as numbers, a table and images."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Record:
     Attributes:
         layer: its dotted name.
         step: the number of the UNet's call since the prompt was encoded.
-        rows: what each row of the batch is; None for one that was not made by the pipeline.
+        rows: the description of each row of the batch; None for a row that the pipeline did not make.
         roles: uint8 `[B, L]`.
         mass: float32 `[B, L]`, the mass on each position.
-        map: float32 `[B, N]`, for each query the mass on the EOT key; for layers of which maps are kept.
+        map: float32 `[B, N]`, for each query the mass on the EOT key; None for layers without a map.
     """
 
     layer: str
@@ -38,7 +38,7 @@ class Record:
 
 @dataclass
 class Probe:
-    """What was recorded; made by `probe`.
+    """The attention masses that `probe` recorded.
 
     Attributes:
         records: one per layer and call, in order.
@@ -68,7 +68,7 @@ class Probe:
 
     @property
     def steps(self) -> int:
-        """How many calls of the UNet there were since a prompt was encoded, at most."""
+        """The largest number of UNet calls after one prompt was encoded."""
         return max((record.step for record in self.records), default=-1) + 1
 
     def table(self) -> str:
@@ -87,7 +87,7 @@ class Probe:
         return "\n".join(lines) + "\n"
 
     def plot(self, path: str | Path) -> None:
-        """Write a picture: a heat map of layers × steps per role and branch. Needs matplotlib (`memkern[plot]`)."""
+        """Write an image: a heat map of layers × steps per role and branch. Needs matplotlib (`memkern[plot]`)."""
         pyplot = _pyplot()
         branches = self._branches()
         if not branches:
@@ -115,7 +115,7 @@ class Probe:
         pyplot.close(figure)
 
     def maps(self, branch: Branch = "cond") -> torch.Tensor:
-        """`[steps, h, w]`: how much of its attention each place gives to EOT, in the first blocks at full resolution.
+        """The attention that each place gives to EOT, `[steps, h, w]`, in the first blocks at full resolution.
 
         A mean over those layers, their heads and the rows of the branch. Memorized images show it brightly in the
         last steps (Chen et al., "Exploring Local Memorization in Diffusion Models via Bright Ending Attention", 2025).
@@ -130,7 +130,7 @@ class Probe:
         return torch.stack([torch.stack(found[step]).mean(0).cpu() for step in sorted(found)])
 
     def plot_maps(self, path: str | Path, branch: Branch = "cond", count: int = 8) -> None:
-        """Write a picture of `count` of the `maps`, evenly spread over the steps. Needs matplotlib."""
+        """Write an image of `count` of the `maps`, evenly spread over the steps. Needs matplotlib."""
         pyplot, maps = _pyplot(), self.maps(branch)
         steps = torch.linspace(0, len(maps) - 1, min(count, len(maps)), dtype=torch.float32, device="cpu")
         chosen = steps.round().int().tolist()
@@ -151,7 +151,7 @@ class Probe:
 
 
 def _short(name: str) -> str:
-    """A layer's dotted name without what all have."""
+    """A layer's dotted name without the parts that all names share."""
     return name.replace("_blocks", "").replace(".attentions", "").replace(".transformer", "").removesuffix(".attn2")
 
 

@@ -1,1 +1,1 @@
-"""From a prompt to embeddings: pads swapped, rows edited."""
+"""The way from a prompt to its embeddings: pads are swapped, rows are edited."""

@@ -1,4 +1,4 @@
-"""Text-encoder calls of a user's own, which count as encoding prompts."""
+"""A user's own text-encoder calls, which count as encoding prompts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .encoding import Encoding, entered
 
 @contextmanager
 def directly(session: Session, branch: Branch) -> Iterator[Callable[..., torch.Tensor]]:
-    """Text-encoder calls inside are seen, and their pads swapped; see `Patch.encoding`.
+    """Record the text-encoder calls inside, and swap their pads; see `Patch.encoding`.
 
     Yields:
-        From embeddings `[B, L, D]` made inside, and the ids `[B, L]` they are of where that is needed, to edited ones.
+        A function from embeddings `[B, L, D]` made inside, and their ids `[B, L]` where needed, to edited embeddings.
     """
     owner, policy = session.patch, session.settings.policy
     seen = Encoding(session.pipe, owner.slots, policy, policy.reembed_pads)

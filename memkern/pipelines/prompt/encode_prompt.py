@@ -1,4 +1,4 @@
-"""`encode_prompt` of a patched pipeline: its own, with its pads swapped and what it returns edited."""
+"""The `encode_prompt` of a patched pipeline: its own, with pads swapped and the result edited."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ..session import Session
 from .encoding import Encoding, ObservedTokenizer, entered
 
 Method = Callable[..., Any]
-"""What encodes prompts: its first argument is the pipeline."""
+"""A function that encodes prompts; its first argument is the pipeline."""
 
 
 def encode(session: Session, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a patched pipeline's `encode_prompt` returns.
+    """The result of a patched pipeline's `encode_prompt`.
 
     Args:
-        method: what the pipeline has without memkern.
+        method: the one that the pipeline has without memkern.
         args, kwargs: of the call, without the pipeline.
 
     Raises:
@@ -55,10 +55,10 @@ def encode(session: Session, method: Method, args: tuple[Any, ...], kwargs: dict
 def _observed(
     session: Session, pad_with: str | None, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Encoding]:
-    """What `method` returns with its pads swapped for `pad_with`, and the text-encoder calls that it made.
+    """The result of `method` with pads swapped for `pad_with`, and the text-encoder calls that it made.
 
-    It runs on a copy of the pipeline that has stand-ins for the tokenizers, so that no other request meets them; what
-    it writes to the copy is written to the pipeline.
+    It runs on a copy of the pipeline that has stand-ins for the tokenizers, so that no other request meets them;
+    attributes that it sets on the copy are set on the pipeline too.
     """
     pipe = session.pipe
     encoding = Encoding(pipe, session.patch.slots, session.settings.policy, pad_with)
@@ -77,10 +77,10 @@ def _observed(
 def _edit_outputs(
     session: Session, arguments: dict[str, Any], seen: Encoding, outputs: Any, reembedded: Any = None
 ) -> Any:
-    """Edit what the pipeline's method returned, by what it was called with and what it encoded.
+    """Edit the result of the pipeline's method, by its arguments and by the text-encoder calls that it made.
 
     Args:
-        reembedded: what it returned with "!" for the pads, where the policy reads that as well.
+        reembedded: the result with "!" for the pads, where the policy reads that too.
     """
     pipe, policy, own, calls = session.pipe, session.settings.policy, session.patch.slots, seen.calls
     used, encoded = layout.encoded_branches(pipe, arguments)
@@ -103,14 +103,14 @@ def _edit_outputs(
         if branch in calls_of:
             parts[branch], rows = edit_rows(session, embeds, calls_of[branch], branch, others.get(branch), paired)
         elif given is None:
-            # Zero rows have no tokens; they stand for an empty prompt's.
+            # Zero rows have no tokens; they stand for those of an empty prompt.
             prompts = len(calls_of["cond"][0].roles) if "cond" in calls_of else len(embeds)
             roles = [empty_roles(prompts, seen.context_length)] * len(own)
             rows = known_rows(session, embeds, roles, branch, others.get(branch), paired)
             rows = _checked(session, rows, roles, branch, paired)
         else:
             rows = _recalled(session, branch, given, embeds)
-        # Raw embeddings that a policy leaves alone are nobody's later.
+        # Raw embeddings that a policy leaves alone are not recognised later.
         note(session, parts[branch], branch, rows, vouch=branch in calls_of or policy.touches(branch))
     return layout.join(pipe, outputs, parts)
 
@@ -123,13 +123,13 @@ def edit_rows(
     reembedded: torch.Tensor | None = None,
     paired: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, list[KnownRow]]:
-    """Edit embeddings `[B·n, L, D]`: of each text encoder its columns, by its own roles.
+    """Edit embeddings `[B·n, L, D]`: the columns of each text encoder, by its own roles.
 
     Args:
         paired: the roles of the prompts that uncond rows belong to, per text encoder; None where not known.
 
     Returns:
-        The edited embeddings, and what is known of each row.
+        The edited embeddings, and the `KnownRow` of each row.
     """
     policy, backend, stage = session.settings.policy, session.settings.backend, session.settings.applied
     backends.tell_fallback(embeds.device)
@@ -150,7 +150,7 @@ def edit_rows(
         reembedded = reembedded[:: embeds.shape[0] // roles[0].shape[0]]
     columns = layout.columns(session.pipe, session.patch.slots, embeds.shape[-1])
     for own, part, cond in zip(roles, columns, of_prompts, strict=True):
-        # The rows behind CLIP's, of an encoder that is none, stay as they are.
+        # The rows after CLIP's, from an encoder that is not CLIP, stay as they are.
         length = slice(0, own.shape[1])
         edited[:, length, part] = edit_embeddings(
             embeds[:, length, part],
@@ -173,7 +173,7 @@ def known_rows(
     reembedded: torch.Tensor | None = None,
     paired: Sequence[torch.Tensor] | None = None,
 ) -> list[KnownRow]:
-    """What is known of each row of `embeds` `[B·n, L, D]` whose encoders' roles are `roles`, uint8 `[B, L]` each."""
+    """The `KnownRow` of each row of `embeds` `[B·n, L, D]` whose encoders' roles are `roles`, uint8 `[B, L]` each."""
     settings = session.settings
     images = max(1, embeds.shape[0] // max(1, len(roles[0])))
     columns = layout.columns(session.pipe, session.patch.slots, embeds.shape[-1]) if len(roles) > 1 else []
@@ -220,7 +220,7 @@ def _checked(
                 ]
             )
         except ValueError as conflict:
-            reason = f"its tokenizers split it differently, so that a key is of different roles: {conflict}"
+            reason = f"its tokenizers split it differently, so that a key has different roles: {conflict}"
     if reason is None:
         return rows
     session.unmitigated(reason)
@@ -230,10 +230,10 @@ def _checked(
 def note(
     session: Session, embeds: torch.Tensor, branch: Branch, rows: Sequence[KnownRow], *, vouch: bool = True
 ) -> None:
-    """Let rows that are on their way to the UNet be recognised there, in its dtype as well.
+    """Note rows that are on their way to the UNet, so that they are recognised there, in its dtype as well.
 
     Args:
-        vouch: whether other requests are to know them as well.
+        vouch: whether other requests may recognise them as well.
     """
     session.encoded[branch] += len(rows)
     if vouch and not any(row.unedited for row in rows):
@@ -256,7 +256,7 @@ def _unedited(session: Session, branch: Branch, roles: tuple[torch.Tensor, ...])
 
 
 def _cond_roles(arguments: dict[str, Any], calls_of: dict[Branch, list[EncoderCall]]) -> list[torch.Tensor] | None:
-    """The roles of the prompts, per text encoder: of those that were encoded, or recalled of embeddings passed in."""
+    """The roles of the prompts, per text encoder: of those that were encoded, or recalled from embeddings passed in."""
     if "cond" in calls_of:
         return [call.roles for call in calls_of["cond"]]
     given = arguments["prompt_embeds"]
@@ -268,10 +268,10 @@ def _cond_roles(arguments: dict[str, Any], calls_of: dict[Branch, list[EncoderCa
 
 
 def _recalled(session: Session, branch: Branch, given: torch.Tensor, repeated: torch.Tensor) -> list[KnownRow]:
-    """What is known of embeddings that were passed in and need no edit; otherwise they go through unedited.
+    """The `KnownRow`s of embeddings that were passed in and need no edit; others go through unedited.
 
     Args:
-        repeated: them, for each of a prompt's images.
+        repeated: the embeddings, repeated for each of a prompt's images.
     """
     policy, stage = session.settings.policy, session.settings.applied
     images = max(1, repeated.shape[0] // max(1, given.shape[0]))
@@ -289,7 +289,7 @@ def _recalled(session: Session, branch: Branch, given: torch.Tensor, repeated: t
         untold = KnownRow(policy, branch, untouched, stage, window=given.shape[1], call=session.number)
         return [replace(untold) for _ in range(len(repeated))]
     name, state = "prompt_embeds" if branch == "cond" else "negative_prompt_embeds", "not made by memkern"
-    # Rows that no edit changed have the values of any encoder's.
+    # Rows that no edit changed have values that any encoder may make.
     changed = [row for row in known if row is not None and row.stage == "embeds" and row.policy.edits_on(row.branch)]
     first = next(iter(LEDGER.recall_same(given) or changed), None)
     if first is not None:

@@ -15,16 +15,16 @@ from ..family.encoders import EncoderCall, Slot, Vocabulary
 
 
 class Encoding:
-    """Collects what the tokenizers and text encoders of a pipeline do.
+    """Collects the calls of a pipeline's tokenizers and text encoders.
 
     Args:
         pipe: the pipeline.
         own: its text encoders.
-        policy: whose request it is, for its messages.
+        policy: that of the request, for messages.
         pad_with: the token that pads are swapped for; None leaves them.
 
     Attributes:
-        calls: what was encoded, in order.
+        calls: the text-encoder calls, in order.
         context_length: tokens in a window.
     """
 
@@ -38,11 +38,11 @@ class Encoding:
         self.context_length = min((words.context_length for words, _ in self._words.values()), default=0)
 
     def slot_of(self, embeddings: Any) -> Slot | None:
-        """Whose embedding layer it is; None if it is that of no encoder of this pipeline."""
+        """The encoder that has this embedding layer; None if it is no encoder of this pipeline."""
         return self._slots.get(embeddings)
 
     def observe(self, slot: Slot, input_ids: torch.Tensor) -> torch.Tensor:
-        """Record a call and return the ids to embed: `input_ids` `[…, L]`, its padding swapped where it is to be.
+        """Record a call and return the ids to embed: `input_ids` `[…, L]`, padding swapped if there is a `pad_with`.
 
         This copies the ids to the host: one sync per text-encoder call, none in the denoising loop.
         """
@@ -70,7 +70,7 @@ class Encoding:
             self._tokenized.append((ids, mask))
 
     def last(self, slot: Slot, windows: int) -> EncoderCall:
-        """What was encoded last by an encoder; of several windows, all that it was called with.
+        """The last call of an encoder; for several windows, all its calls as one.
 
         Raises:
             ValueError: it was not called, or not once for each window.
@@ -89,7 +89,7 @@ class Encoding:
         return EncoderCall(slot, roles, swapped)
 
     def given(self, slot: Slot, input_ids: torch.Tensor, windows: int) -> EncoderCall:
-        """What ids `[B, L]` say of so many windows; those behind them are an empty prompt's."""
+        """The call of an encoder for ids `[B, L]`, of `windows` windows; those after the ids are an empty prompt's."""
         words, pad_with = self._words[slot]
         ids = input_ids.detach().to("cpu", torch.int64)
         roles = token_roles(ids, eos_token_id=words.eos_token_id, context_length=words.context_length)

@@ -1,7 +1,7 @@
 """The text encoder's site: a hook on its embedding layer, where the pads' ids are swapped.
 
 Swapping there, and not in the ids that the encoder gets, leaves the pooled output alone: CLIP finds its EOT
-in the ids that it was called with. A hook calls the module, so offloaded weights and adapters keep working.
+in the ids that it was called with. With a hook the module is still called, so offloaded weights and adapters work.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from . import encoding
 class PadSwapHook:
     """A forward pre-hook that shows the ids to the current encoding and passes on what it returns.
 
-    It serves every patched pipeline that has this encoder. Outside any encoding it is not known what is encoded, and
-    whose call it is says whether that matters: `called_outside()` of each holder.
+    It serves every patched pipeline that has this encoder. Outside any encoding the prompt is not known, and each
+    holder decides whether that matters: `called_outside()`.
     """
 
     def __init__(self) -> None:
         self.holders = Holders()
         self.handle: Any = None
 
-    # Traced, it would record the first prompt for all that follow.
+    # A traced hook would record the first prompt for all that follow.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,1 +1,1 @@
-"""From embeddings to the UNet: what reaches it, and its cross-attention layers."""
+"""The way from embeddings to the UNet: the rows that reach it, and its cross-attention layers."""

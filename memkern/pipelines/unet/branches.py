@@ -19,12 +19,12 @@ from . import traced
 from .processor import LayerProcessor, former_of
 
 PLAIN = (AttnProcessor, AttnProcessor2_0)
-"""Processors that compute each row of a batch by itself, and nothing but attention."""
+"""Processors that compute each row of a batch separately, and nothing but attention."""
 
 
 def first_self_attention(module: Any) -> tuple[str, Any] | None:
     """The self-attention before every cross-attention, with its dotted name; None if there is none, or branches differ
-    before it, as under added embeddings (SDXL's pooled prompts), or its block is compiled by itself: in one graph with
+    before it, as under added embeddings (SDXL's pooled prompts), or its block is compiled alone: in one graph with
     others of its kind.
     """
     if getattr(getattr(module, "config", None), "addition_embed_type", None) is not None:
@@ -38,7 +38,7 @@ def first_self_attention(module: Any) -> tuple[str, Any] | None:
 
 
 def is_plain(attn: Any) -> bool:
-    """Whether a layer computes each row by itself, and nothing else looks at what goes through it."""
+    """True if a layer computes each row separately, and nothing else reads its inputs and outputs."""
     return (
         type(attn) is Attention
         and type(former_of(attn.processor)) in PLAIN
@@ -48,7 +48,7 @@ def is_plain(attn: Any) -> bool:
 
 
 def equal_rows(x: torch.Tensor) -> tuple[list[int], list[int]]:
-    """The first row of each value, and for each row which of those it equals.
+    """The first row of each value, and for each row the number of the one that it equals.
 
     Args:
         x: `[B, ...]`; a row with a NaN equals none.
@@ -65,7 +65,7 @@ def equal_rows(x: torch.Tensor) -> tuple[list[int], list[int]]:
 
 
 class SelfAttentionProcessor(LayerProcessor):
-    """Computes a self-attention by the processor it took the place of, each distinct row once."""
+    """Computes a self-attention by the processor that it replaced, each distinct row once."""
 
     def __call__(
         self,
@@ -80,7 +80,7 @@ class SelfAttentionProcessor(LayerProcessor):
             or attention_mask is not None
             or self.attn is not attn
             or torch.is_grad_enabled()
-            # A comparison would have the host wait for a GPU.
+            # A comparison would make the host wait for a GPU.
             or hidden_states.device.type != "cpu"
             or traced.is_exported()
         ):

@@ -1,4 +1,4 @@
-"""One call of a UNet: for whom it is, where in the schedule, and which layers it has reached."""
+"""One call of a UNet: its session, its place in the schedule, and the layers that it has reached."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Call:
     """One call of a UNet.
 
     Attributes:
-        site: whose.
-        session: for whom.
+        site: that of the UNet.
+        session: the one that it belongs to.
         direct: whether it is made outside any call of a pipeline.
-        context: what it was given to read.
-        known: what is known of that.
-        place: where in the schedule it is.
+        context: the tensor that its cross-attention reads.
+        known: the `Context` that describes that tensor.
+        place: its place in the schedule.
         reached: the layers whose keys and values were looked at for edits.
-        sizes: resolutions that were met by an edit's scope.
-        causes: why a layer was not reached, where it is known.
-        lora_scale: what its LoRAs are scaled by.
-        loras: how each is scaled before that, where it is.
-        computes: whether layers are computed for it.
-        accelerates: whether what is made of the context may be kept.
-        shares: whether rows that are equal may be computed once.
+        sizes: the resolutions of those layers, as an edit's scope may name them.
+        causes: why a layer was not reached, where that is known.
+        lora_scale: the factor of its LoRAs.
+        loras: the scaling of each before that, where the factor is not 1.
+        computes: whether memkern computes layers for it.
+        accelerates: whether results from the context may be kept.
+        shares: whether equal rows may be computed once.
     """
 
     site: Any
@@ -54,7 +54,7 @@ class Call:
 
     def __post_init__(self) -> None:
         settings = self.session.settings
-        # Those of a ControlNet may be left alone.
+        # Layers of a ControlNet may be left alone.
         self.computes = not self.site.prefix or settings.controlnet
         self.accelerates = bool(settings.accelerate)
         self.shares = self.computes and self.accelerates and settings.accelerate != "attention"
@@ -65,13 +65,13 @@ class Call:
             }
 
     def settle(self) -> None:
-        """Count at once what belongs to no call of a pipeline."""
+        """Count it at once if it belongs to no call of a pipeline."""
         if self.direct:
             self.session.patch.tally.add(self.session.settle())
 
     def active(self, name: str, x: torch.Tensor, known: Context, mask: torch.Tensor | None) -> Active | None:
-        """The edits in force in a layer whose hidden states are x `[B, N, C]`, which is reached by that; empty for
-        none, None where its mask keeps it from being edited.
+        """The edits in force in a layer whose hidden states are x `[B, N, C]`, which then counts as reached; empty for
+        none, None where a mask keeps it from being edited.
         """
         assert known.edits is not None
         active = known.edits.active(name, x.shape[1], self.place)
@@ -85,7 +85,7 @@ class Call:
         return active if any(active) else ()
 
     def _sizes(self, x: torch.Tensor) -> frozenset[str]:
-        """What an edit's scope may call the resolution of a layer with hidden states x."""
+        """The names that an edit's scope may use for the resolution of a layer with hidden states x."""
         size = layer_size(x.shape[1], self.place.sample)
         if size is None:
             return frozenset()
@@ -93,7 +93,7 @@ class Call:
         return frozenset([f"{height}x{width}", *([str(height)] if height == width else [])])
 
     def make_ready(self, known: Context, prepared: Prepared, layer: Layer, x: torch.Tensor) -> None:
-        """Let a layer do from now on what it has just done, unless edits change with the steps."""
+        """Let a layer repeat from now on what it has just done, unless edits change with the steps."""
         if not known.is_edited or (known.edits is not None and not known.edits.follows_steps):
             sizes = self._sizes(x) if known.is_edited else frozenset()
             known.ready[id(layer.attn)] = Ready(
@@ -103,7 +103,7 @@ class Call:
     def ready(
         self, name: str, attn: Any, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
     ) -> Ready | None:
-        """What a layer has been made ready to do, if it is called as it was then; it counts as reached."""
+        """The `Ready` of a layer, which then counts as reached, if it is called as before; else None."""
         known = self.known
         if known is None or context is not self.context or mask is not None or not (self.computes and self.accelerates):
             return None

@@ -1,8 +1,8 @@
-"""What the cross-attention layers of a UNet do with a context: once per context, and kept.
+"""The work of a UNet's cross-attention layers on a context: done once per context, and kept.
 
 The context does not change over the denoising steps, so a layer that sees one a second time computes its K and V,
 or with the weights of all four projections A and VO (`absorbed_attention`), and keeps them until the context
-dies, changes, or the weights do. At the kv stage a policy's edits are in them.
+dies or changes, or the weights change. At the kv stage they include a policy's edits.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from .kv_stage import Active, RowEdits
 from .ready import Ready
 
 Key = tuple[int, torch.dtype, Active]
-"""What is kept is found by: the layer, what its products are computed in, and the edits in force."""
+"""The key of a kept result: the layer, the dtype of its products, and the edits in force."""
 
 
 class Context:
-    """One context: what its rows are, which layers saw it, and what they made of it.
+    """One context: its rows, the layers that saw it, and their results.
 
     Attributes:
-        rows: what each row is; None until someone looks.
-        edits: what is done to their keys and values.
-        is_edited: whether anything is.
+        rows: the description of each row; None until they are looked up.
+        edits: the edits of their keys and values.
+        is_edited: whether there are any.
         is_counted: whether its rows have been counted as having reached the UNet.
-        ready: by a layer's id, what it does from now on.
+        ready: by a layer's id, its work from now on.
     """
 
     def __init__(self, tensor: torch.Tensor, forget: Callable[[Any], None] | None = None) -> None:
@@ -52,10 +52,10 @@ class Context:
         self.ready: dict[int, Ready] = {}
 
     def recognise(self, tensor: torch.Tensor, session: Session, *, direct: bool = False) -> None:
-        """Find out what its rows are: by identity, else by value.
+        """Look up the descriptions of its rows: by identity, else by value.
 
         Args:
-            direct: whether each row goes by its own policy, and not by the session's.
+            direct: whether each row follows its own policy, and not the session's.
         """
         self.rows = LEDGER.recall(tensor, session.rows, session.rank, outputs.order(session.pipe))
         policy = session.settings.policy
@@ -64,7 +64,7 @@ class Context:
         self.is_edited = bool(self.edits)
 
     def know_nothing(self, rows: int) -> None:
-        """Its rows are no patched pipeline's."""
+        """Take its rows as those of no patched pipeline."""
         self.rows = (None,) * rows
         self.edits = RowEdits(self.rows, self.rows)
 
@@ -72,14 +72,14 @@ class Context:
         self, layer: Layer, x: torch.Tensor, tensor: torch.Tensor, images: Images | None, active: Active,
         session: Session, *, keep: bool, by_value: bool = True,
     ) -> tuple[torch.Tensor | None, Prepared | None, bool]:  # fmt: skip
-        """A layer's output, None where its own processor is to compute it; what is prepared for it, and whether that
-        was made just now.
+        """A layer's output, None where its own processor is to compute it; its `Prepared`, or None; and whether that is
+        new.
 
         Args:
             active: the edits in force; empty for none.
-            session: for whom.
-            keep: whether what is computed from the context may be kept for the next step.
-            by_value: whether the weights' values are looked at although writes to them are counted.
+            session: that of the call.
+            keep: whether results from the context may be kept for the next step.
+            by_value: whether the weights' values are compared even where torch counts writes to them.
         """
         backend = session.settings.backend
         source = self._source(tensor, active, backend) if active else None
@@ -105,7 +105,7 @@ class Context:
         return self._sources[active]
 
     def _room(self, key: Key, x: torch.Tensor, source: Source, tensor: torch.Tensor, session: Session) -> int:
-        """The bytes that a layer may keep, of what is allotted to all that saw the context before it was seen again."""
+        """The bytes that a layer may keep, of those for all layers that saw the context before it was seen again."""
         if key not in self._rooms:
             wishes = []
             for other, (layer, shape) in self._visited.items():
@@ -133,7 +133,7 @@ class Contexts:
         self._contexts: dict[Hashable, Context] = {}
 
     def of(self, tensor: torch.Tensor) -> Context:
-        """What is known of this very tensor, unwritten since; if nothing is, it is known from now on."""
+        """The `Context` of this very tensor, unwritten since; a new one if there is none."""
         key = Seen.key(tensor)
         known = self._contexts.get(key)
         if known is not None and known.seen.is_still(tensor):

@@ -1,4 +1,4 @@
-"""Whether what a layer makes of a context may be kept for the next step."""
+"""The check of whether a layer's results from a context may be kept for the next step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not_kept(x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> str | None:
-    """Why what is made of the context may not be kept; None if it may."""
+    """The reason why results from the context may not be kept; None if they may."""
     if torch.is_grad_enabled():
         return "gradients are wanted"
     if mask is not None:
@@ -33,5 +33,5 @@ def why_not_kept(x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | No
 
 
 def is_captured(x: torch.Tensor) -> bool:
-    """Whether what is computed now is replayed later: with other prompts, but with what is kept of this one."""
+    """True if the present computation is replayed later: with other prompts, but with the results kept for this one."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -21,14 +21,14 @@ Active = tuple[tuple[int, ...], ...]
 
 
 class RowEdits:
-    """What the policies of a batch's rows do to keys and values.
+    """The edits of keys and values by the policies of a batch's rows.
 
     Args:
-        rows: what each row is.
-        own: those that are edited where they are of the kv stage, each by its own policy.
+        rows: the description of each row.
+        own: the rows that are edited if they are of the kv stage, each by its own policy.
 
     Attributes:
-        policies: those of the rows that are edited.
+        policies: those of the edited rows.
     """
 
     def __init__(self, rows: KnownRows, own: KnownRows) -> None:
@@ -44,11 +44,11 @@ class RowEdits:
 
     @property
     def follows_steps(self) -> bool:
-        """Whether an edit is in force at some steps alone."""
+        """True if an edit is in force at some steps only."""
         return any(edit.steps is not None for policy in self.policies for edit in policy.edits)
 
     def active(self, name: str, queries: int, place: Place) -> Active:
-        """The edits in force in the layer `name`, of so many queries, at a step."""
+        """The edits in force in the layer `name`, of that number of queries, at a step."""
         size = layer_size(queries, place.sample)
         return tuple(
             tuple(
@@ -60,7 +60,7 @@ class RowEdits:
         )
 
     def wanted(self, name: str, place: Place) -> bool:
-        """Whether an edit is in force in the layer `name` at a step, or may be, where its size decides."""
+        """True if an edit is in force in the layer `name` at a step, or may be, where its size decides."""
         return any(
             in_layers(edit, name, None) or any(is_size(layer) for layer in edit.layers or ())
             for policy, branch in self._branches
@@ -98,13 +98,13 @@ class RowEdits:
         return edited(context, plan, bank, attenuation, backend=backend, coalesced=coalesced, columns=columns)
 
     def roles(self, length: int, encoder: int = 0) -> torch.Tensor:
-        """uint8 `[B, L]` on the host, by one encoder; of a row that is unknown all are PROMPT."""
+        """The roles by one encoder, uint8 `[B, L]` on the host; all PROMPT for an unknown row."""
         unknown = torch.full((length,), int(Role.PROMPT), dtype=torch.uint8, device="cpu")
         rows = [unknown if row is None else row.roles[min(encoder, len(row.roles) - 1)] for row in self.rows]
         return torch.stack([row if len(row) == length else unknown for row in rows])
 
     def _plans(self, subsets: dict[Policy, Policy], length: int) -> list[list[Plan]]:
-        """Of each row the plan of each encoder's columns, on the host; one for all where nothing is edited."""
+        """The plans of each row, one for each encoder's columns, on the host; one for all where nothing is edited."""
         found = [[Plan.identity(1, length)] for _ in self.rows]
         groups: dict[tuple[Policy, Branch, int], list[int]] = defaultdict(list)
         for index, row in self._edited.items():
@@ -137,7 +137,7 @@ class RowEdits:
     def _columns(
         self, plans: list[list[Plan]], context: torch.Tensor, backend: str
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What edits each encoder's columns by its own roles."""
+        """A function that edits each encoder's columns by its own roles."""
         columns = next(row.columns for row in self._edited.values() if row.columns)
         whole = self._reembedded(context)
         parts = []
@@ -156,7 +156,7 @@ class RowEdits:
         return edit
 
     def _reembedded(self, context: torch.Tensor) -> torch.Tensor | None:
-        """For each row of the context the same prompt with its pads re-embedded, where that was encoded."""
+        """The context with the pads of each prompt re-embedded, where that was encoded; None if no policy reads it."""
         if not any(policy.reads(Bank.PAD_REEMBEDDED) for policy in self.policies):
             return None
         others = [None if row is None else row.reembedded for row in self.rows]
@@ -165,7 +165,7 @@ class RowEdits:
         )
 
     def _attenuation(self, subsets: dict[Policy, Policy], length: int) -> Iterable[Attenuation]:
-        """Edits with the same numbers are one: what stands out is judged among all the keys they select."""
+        """The attenuations: edits with the same numbers are one, and keys stand out among all that these select."""
         masks: dict[tuple[float, float], torch.Tensor] = {}
         roles = self.roles(length)
         for policy, subset in subsets.items():

@@ -56,12 +56,12 @@ def layers_of(found: Roots) -> list[tuple[str, Any]]:
 
 
 def is_known(attn: Any) -> bool:
-    """Whether it is known what a layer's own processor computes, so that memkern can compute it."""
+    """True if memkern knows the computation of a layer's own processor, and so can do it."""
     return kind_of(former_of(attn.processor)) is not None
 
 
 def kv_refusals(layers: Sequence[tuple[str, Any]]) -> list[str]:
-    """Why keys and values of these layers cannot be edited; empty if they can."""
+    """The reasons why keys and values of these layers cannot be edited; empty if they can."""
     if not layers:
         return ["it has no UNet with cross-attention layers"]
     reasons: dict[str, list[str]] = {}

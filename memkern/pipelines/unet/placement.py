@@ -20,7 +20,7 @@ class Processors:
         self._first: tuple[Any, SelfAttentionProcessor] | None = None
 
     def place(self, module: Any, site: Computes, prefix: str) -> None:
-        """Put a processor into each cross-attention layer of whose own it is known what it computes."""
+        """Put a processor into each cross-attention layer whose own processor is known."""
         for name, attn in cross_attention_layers(module):
             processor = attn.processor
             if not is_known(attn) or (is_ours(processor) and processor.site is site):
@@ -36,14 +36,14 @@ class Processors:
             self._first = attn, once
 
     def take_out(self, module: Any, site: Computes) -> None:
-        """Put back the very processors that were there, where ours still is."""
+        """Put back the same processors that were there, where ours still are."""
         for attn in module.modules():
             if is_ours(getattr(attn, "processor", None)) and attn.processor.site in (site, None):
                 attn.set_processor(former_of(attn.processor))
         self._placed, self._first = [], None
 
     def leave_compiled_blocks(self, module: Any) -> None:
-        """A block that was compiled by itself since shares its graph with others: its self-attention is as theirs."""
+        """Leave the self-attention of a block that has been compiled alone since: it shares its graph with others."""
         if self._first is not None and first_self_attention(module) is None:
             attn, once = self._first
             if attn.processor is once:
@@ -52,7 +52,7 @@ class Processors:
 
     @property
     def count(self) -> int:
-        """How many of them are still in place."""
+        """The number of them that are still in place."""
         return sum(attn.processor is processor for attn, processor in self._placed)
 
     @property
@@ -68,7 +68,7 @@ class Processors:
 
 
 def foreign(module: Any) -> list[str]:
-    """The classes of processors that stay, since it is not known what they compute; none where the module is gone."""
+    """The classes of processors that stay, since their computation is not known; none where the module is gone."""
     layers = [] if module is None else cross_attention_layers(module)
     return [type(former_of(attn.processor)).__name__ for _, attn in layers if not is_known(attn)]
 
@@ -76,13 +76,13 @@ def foreign(module: Any) -> list[str]:
 def missed_layers(
     module: Any, prefix: str, edits: RowEdits, place: Place, reached: set[str], causes: dict[str, str]
 ) -> dict[str, str]:
-    """The layers that were to be edited in a call of `module` and were not, each with the cause.
+    """The layers that a call of `module` should have edited and did not, each with the cause.
 
     Args:
-        edits: of the rows that it was called with.
-        place: of the call.
+        edits: those of the rows that it was called with.
+        place: that of the call.
         reached: the layers that were edited, by prefixed name.
-        causes: why some were not, where it is known.
+        causes: why some were not, where that is known.
     """
     missed = {}
     for name, attn in cross_attention_layers(module):

@@ -18,7 +18,7 @@ _OWN = {"former", "site", "name", "number", "_attn"}
 
 
 class Computes(Protocol):
-    """What computes a layer in place of its former processor: the site of its UNet.
+    """The object that computes a layer in place of its former processor: the site of its UNet.
 
     Attributes:
         is_placed: whether memkern's processors are in force there.
@@ -40,9 +40,9 @@ class Computes(Protocol):
 
 
 class LayerProcessor:
-    """Stands in a layer for the processor it took the place of, under that one's class and attributes.
+    """Stands in a layer for the processor that it replaced, under that one's class and attributes.
 
-    One whose patch is gone acts as the processor it replaced, and so does one that diffusers made anew by its class.
+    One whose patch is gone acts as the processor it replaced, and so does one that diffusers makes from its class.
     """
 
     def __init__(self, former: Any = None, site: Computes | None = None, name: str = "", attn: Any = None) -> None:
@@ -60,7 +60,7 @@ class LayerProcessor:
 
     @property
     def attn(self) -> Any:
-        """The layer it was put into; None once that is gone, or has another."""
+        """The layer it was put into; None once that is gone, or has another processor."""
         attn = None if self._attn is None else self._attn()
         return attn if attn is not None and attn.processor is self else None
 
@@ -97,7 +97,7 @@ class LayerProcessor:
 
 
 class CrossAttentionProcessor(LayerProcessor):
-    """Computes a layer from what is kept of its context, or by the processor it took the place of."""
+    """Computes a layer from the results kept for its context, or by the processor that it replaced."""
 
     def __call__(
         self,
@@ -115,14 +115,14 @@ class CrossAttentionProcessor(LayerProcessor):
         return made
 
     def _is_left(self, attn: Attention) -> bool:
-        # In a graph of which gradients are wanted nothing is looked up that edits nothing.
+        # In a graph with gradients, nothing is looked up if nothing is edited.
         needs_graph = torch.compiler.is_compiling() and torch.is_grad_enabled()
         if needs_graph and (self.site is None or not self.site.edits_kv):
             return True
-        # A program that is exported finds nobody by number where it is loaded; a layer of another UNet is not ours.
+        # An exported program finds no processor by number where it is loaded; a layer of another UNet is not ours.
         return attn.spatial_norm is not None or traced.is_exported() or self.attn is not attn
 
-    # Which rows are edited how is found in the values of the context, which a traced graph does not look at.
+    # The edit of each row depends on the values of the context, which a traced graph does not look at.
     # diffusers asks each layer's processor for its parameters in each step.
     __call__.__signature__ = inspect.signature(__call__)  # type: ignore[attr-defined]
 
@@ -135,7 +135,7 @@ class CrossAttentionProcessor(LayerProcessor):
         mask: torch.Tensor | None,
         images: Images | None = None,
     ) -> torch.Tensor:
-        """The layer's output, of a context `[B, L, D]` and of the images beside it."""
+        """The layer's output for a context `[B, L, D]` and the images beside it."""
         site = self.site
         if site is not None and site.is_placed:
             call = site.call
@@ -152,7 +152,7 @@ class CrossAttentionProcessor(LayerProcessor):
 
 
 class ModuleProcessor(CrossAttentionProcessor, nn.Module):
-    """One in place of a processor that is a module: with its parameters, under their names."""
+    """A processor in place of one that is a module: with its parameters, under their names."""
 
     def __init__(self, former: Any = None, *args: Any, **named: Any) -> None:
         nn.Module.__init__(self)
@@ -162,7 +162,7 @@ class ModuleProcessor(CrossAttentionProcessor, nn.Module):
 
 
 class ImagesProcessor(ModuleProcessor):
-    """One in place of an IP-Adapter's: the text's part of the layer is edited and kept, the images' is as it was."""
+    """A processor in place of an IP-Adapter's: the text's part is edited and kept, the images' is unchanged."""
 
     def __call__(
         self,
@@ -174,7 +174,7 @@ class ImagesProcessor(ModuleProcessor):
         scale: float = 1.0,
         ip_adapter_masks: Any = None,
     ) -> torch.Tensor:
-        # A tensor alone, of text and images together, is what diffusers has given up.
+        # A single tensor of text and images together is a form that diffusers has given up.
         if not isinstance(encoder_hidden_states, tuple) or self._is_left(attn):
             return self._former(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb=temb, ip_adapter_masks=ip_adapter_masks
@@ -189,7 +189,7 @@ class ImagesProcessor(ModuleProcessor):
 
 
 def is_ours(processor: Any) -> bool:
-    """Whether a processor is memkern's."""
+    """True if a processor is memkern's."""
     return issubclass(type(processor), LayerProcessor)
 
 

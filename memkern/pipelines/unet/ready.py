@@ -1,4 +1,4 @@
-"""A layer that has been through its first step: what it does with the same context and hidden states of that shape."""
+"""A layer after its first step: its work for the same context and hidden states of the same shape."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .keeping import is_captured
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What a layer does from its second step on, as long as it is called as it was.
+    """The work of a layer from its second step on, as long as it is called as before.
 
     Attributes:
-        prepared: what was made of the context.
-        layer: by which layer.
+        prepared: the results from the context.
+        layer: the layer.
         shape, dtype: of the hidden states, `[B, N, C]`.
-        products: what their products are computed in.
+        products: the dtype of their products.
         sample: height and width of the UNet's sample, by which edits may be chosen.
-        sizes: the resolutions that it is met by.
+        sizes: the names of its resolution in scopes of edits.
     """
 
     prepared: Prepared
@@ -34,11 +34,11 @@ class Ready:
     sizes: frozenset[str]
 
     def takes(self, x: torch.Tensor, sample: tuple[int, int] | None, *, by_value: bool) -> bool:
-        """Whether it may be used for hidden states x: nothing about them or about the weights is new.
+        """True if it may be used for hidden states x: nothing about them or about the weights is new.
 
         Args:
             sample: height and width of the UNet's sample.
-            by_value: whether the weights' values are looked at although writes to them are counted.
+            by_value: whether the weights' values are compared even where torch counts writes to them.
         """
         return (
             x.shape == self.shape

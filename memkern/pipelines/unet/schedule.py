@@ -1,4 +1,4 @@
-"""Where in the schedule a call of the UNet is, and how large its latents are."""
+"""The place of a UNet's call in the schedule, and the size of its latents."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 _ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
-"""What a UNet or ControlNet is called with first, in this order."""
+"""The first arguments of a UNet or ControlNet, in this order."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A call of the UNet.
+    """The place of a UNet's call.
 
     Attributes:
         sample: rows × columns of the latents; None where not known.
-        position: i/n for step i of a schedule of n; None where it is not known, or nobody asks.
+        position: i/n for step i of a schedule of n; None where it is not known, or not needed.
     """
 
     sample: tuple[int, int] | None = None
@@ -25,20 +25,20 @@ class Place:
 
 
 def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The sample, the timestep and the context of a call, given by name or by place; None for what was not given."""
+    """The sample, the timestep and the context of a call, given by name or by place; None for one not given."""
     given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
     sample, timestep, context = (given.get(name) for name in _ARGUMENTS)
     return sample, timestep, context
 
 
 def lora_scale(kwargs: dict[str, Any]) -> float:
-    """What a UNet is called to scale its LoRAs by."""
+    """The factor by which a UNet is called to scale its LoRAs."""
     options = kwargs.get("cross_attention_kwargs")
     return float(options.get("scale", 1.0)) if options else 1.0
 
 
 def position(timestep: Any, timesteps: torch.Tensor | None) -> float | None:
-    """Where in the schedule a step is: i/n for step i of n, the first of those with this time; None if it is none.
+    """The place of a step in the schedule: i/n for step i of n, the first with this time; None if there is none.
 
     A pipeline passes an element of its scheduler's `timesteps` itself: its place in memory tells i, without a sync.
     """

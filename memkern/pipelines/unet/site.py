@@ -1,4 +1,4 @@
-"""A UNet or ControlNet that patched pipelines read with: memkern's processors and hooks on it, and whose call it is."""
+"""A UNet or ControlNet of patched pipelines: memkern's processors and hooks on it, and the session of each call."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .schedule import Place, arguments, lora_scale, position
 from .traced import NUMBERS, SITES, is_exported
 
 
-# Hooks of a UNet that is compiled by itself may be called outside its graph, as they are; where they are traced with
-# it, operators take their place.
+# Hooks of a UNet that is compiled alone may be called outside its graph, as they are; where they are traced with it,
+# operators take their place.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin(site: Site, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     site.begin(args, kwargs, lora_scale(kwargs))
@@ -54,7 +54,7 @@ def _end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any
 def _traced_end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if is_exported():
         return None
-    # What depends on all layers: a UNet's sample, and of a ControlNet what its middle block makes.
+    # The output that depends on all layers: a UNet's sample, or the result of a ControlNet's middle block.
     if isinstance(output, tuple):
         last = torch.ops.memkern.unet_ends(output[-1], site.number)
         return (*output[:-1], last)
@@ -64,11 +64,11 @@ def _traced_end(site: Site, module: torch.nn.Module, args: tuple[Any, ...], outp
 
 
 class SiteHook(functools.partial[Any]):
-    """A hook on a UNet: a call begins, or ends. A partial function, since dynamo traces into those."""
+    """A hook on a UNet for the beginning or end of a call. A partial function, since dynamo traces into those."""
 
     @property
     def site(self) -> Site:
-        """Whose it is."""
+        """The site that it belongs to."""
         found: Site = self.args[0]
         return found
 
@@ -80,15 +80,15 @@ class SiteHook(functools.partial[Any]):
 
 
 class Site:
-    """What memkern has put on one UNet or ControlNet; found by its hook, made by the first pipeline that needs it.
+    """The hooks and processors on one UNet or ControlNet; found by its hook, made by the first pipeline that needs it.
 
     Attributes:
-        prefix: of its layers' names; empty for a UNet.
-        holders: the patches whose pipelines read with it.
-        requests: the calls of theirs that are under way.
+        prefix: that of its layers' names; empty for a UNet.
+        holders: the patches whose pipelines use it.
+        requests: the sessions of their calls that are under way.
         is_placed: whether memkern's processors are in force.
         edits_kv: whether any pipeline that shares it may edit keys and values.
-        number: what a compiled graph finds it by.
+        number: the one by which a compiled graph finds it.
     """
 
     def __init__(self, module: Any, prefix: str) -> None:
@@ -106,10 +106,10 @@ class Site:
         return Site(module, prefix) if hook is None else hook.site
 
     def hold(self, holder: Any, *, needs: Any = None, processors: bool = False, kv: bool = False) -> None:
-        """Put in what `holder` needs, a patch or what stands for one.
+        """Put in what `holder` needs, a patch or a stand-in for one.
 
         Args:
-            needs: who needs the processors; `holder` itself if None.
+            needs: the user of the processors; `holder` itself if None.
             processors: whether layers are to be computed here.
             kv: whether keys and values are to be edited.
         """
@@ -120,11 +120,11 @@ class Site:
                 self.requests.add(needs)
             for wanted, users in ((processors, self._computed), (kv, self._edited)):
                 (users.add if wanted else users.drop)(who)
-            # What a tool has put in place of ours since stays, until the pipeline is patched again.
+            # A tool's processor that has replaced ours since stays, until the pipeline is patched again.
             self._settle(afresh=needs is None)
 
     def release(self, holder: Any, *, needs: Any = None) -> None:
-        """Take out what nobody else needs; with `needs`, only what that needed."""
+        """Take out what no other user needs; with `needs`, only what that one needed."""
         with LOCK:
             for users in (self._computed, self._edited, self.requests):
                 users.drop(holder if needs is None else needs)
@@ -167,10 +167,10 @@ class Site:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float = 1.0) -> None:
-        """The UNet is called: a context that it was not given before is looked at.
+        """Begin a call of the UNet: a context that it has not seen before is checked.
 
         Args:
-            scale: what its LoRAs are scaled by.
+            scale: the factor of its LoRAs.
         """
         if _is_left_out(self):
             CALL.set(None)
@@ -192,7 +192,7 @@ class Site:
             call.place = Place(None if sample is None else tuple(sample.shape[-2:]), where)
 
     def _known(self, call: Call, context: torch.Tensor) -> Context:
-        """What is known of a context; one that is new is recognised, and judged."""
+        """The `Context` that describes a tensor; a new one is recognised, and judged."""
         session = call.session
         kept = session.kept.get(self)
         if kept is None:
@@ -208,7 +208,7 @@ class Site:
                 if not self.prefix and not known.is_edited:
                     count(session, known.rows)
             except BaseException:
-                # Looked at anew if it is tried again.
+                # The next try judges it again.
                 known.rows = None
                 raise
             finally:
@@ -217,7 +217,7 @@ class Site:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
-        """The call is over: layers that should have edited keys and values, and did not, are found.
+        """End the call: find layers that should have edited keys and values, and did not.
 
         Raises:
             UnmitigatedError: there are some, and `on_unknown` is "raise".
@@ -251,7 +251,7 @@ class Site:
             known = self._known(call, context) if edited else session.kept.setdefault(self, Contexts()).of(context)
         active = call.active(name, x, known, mask) if known.is_edited else ()
         if active and is_captured(x):
-            # A graph of a stream would replay this prompt's keys for others.
+            # A graph of the stream would replay this prompt's keys for other prompts.
             call.reached.discard(name)
             call.causes[name] = "a stream is being captured, in which nothing is edited"
             active = None
@@ -279,13 +279,13 @@ class Site:
 
 
 def _alone(site: Site, context: torch.Tensor) -> Call | None:
-    """What stands for the call of a UNet where a layer is called by itself."""
+    """The call that stands for a UNet's where a layer is called directly."""
     whose = _whose(site, context)
     return None if whose is None else Call(site, *whose)
 
 
 def _is_left_out(site: Site) -> bool:
-    """Whether a call becomes a program for elsewhere, which has nothing of memkern.
+    """True if a call becomes an exported program, which has nothing of memkern.
 
     Raises:
         RuntimeError: keys and values should have been edited in it.
@@ -299,10 +299,10 @@ def _is_left_out(site: Site) -> bool:
 
 
 def _find_missed(call: Call, module: Any) -> None:
-    """Find what should have been edited in a call of `module`, and was not: layers, and sizes that none has.
+    """Find layers that a call of `module` should have edited and did not, and sizes that no layer has.
 
     Raises:
-        UnmitigatedError: there is something, and `on_unknown` is "raise".
+        UnmitigatedError: there are some, and `on_unknown` is "raise".
     """
     session, known, prefix = call.session, call.known, call.site.prefix
     assert known is not None
@@ -325,7 +325,7 @@ def _find_missed(call: Call, module: Any) -> None:
 
 
 def _whose(site: Site, context: Any = None) -> tuple[Session, bool] | None:
-    """Whose call it is, and whether it is one outside any call of a pipeline; None if of no patched pipeline's."""
+    """The session of a call, and whether that is outside any call of a pipeline; None if no patched pipeline has it."""
     session = current()
     if session is not None and (session in site.requests or session.patch in site.holders):
         return session, False

@@ -1,8 +1,8 @@
-"""What a traced graph calls in place of memkern's hooks and processors: opaque operators in which they run as they do
-without a graph.
+"""Opaque operators that a traced graph calls in place of memkern's hooks and processors, which run inside them as they
+do without a graph.
 
-A graph stays whole (`fullgraph=True`), and is not traced anew for another prompt, policy or adapter: sites and layers
-are found by number. Graphs of a stream are made around these operators, not of them (`cudagraph_unsafe`).
+A graph stays whole (`fullgraph=True`), and is not traced again for another prompt, policy or adapter: sites and layers
+are found by number. CUDA graphs are made around these operators, not of them (`cudagraph_unsafe`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LIBRARY.define("self_attention(Tensor x, Tensor layer, ScalarType? autocast) ->
 def _unet_begins(
     sample: torch.Tensor, context: torch.Tensor, time: torch.Tensor, lora_scale: float, site: int
 ) -> torch.Tensor:
-    # What all layers depend on passes through, so that none runs before; the context is left the tensor it is.
+    # The sample passes through, so that no layer runs before; the context stays the same tensor.
     found = SITES.get(site)
     if found is not None:
         found.begin((sample, time, context), {}, lora_scale)
@@ -93,14 +93,14 @@ def _layer(number: torch.Tensor) -> tuple[Any, Any]:
 
 @contextmanager
 def _as_traced(x: torch.Tensor, attn: Any, call: Any, autocast: torch.dtype | None) -> Iterator[None]:
-    """What was around a layer when it was traced: autocast, and the scale of its LoRAs."""
+    """The state around a layer when it was traced: autocast, and the scale of its LoRAs."""
     with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None), _scaled(attn, call):
         yield
 
 
 @contextmanager
 def _scaled(attn: Any, call: Any) -> Iterator[None]:
-    """What diffusers does to the LoRAs of a UNet that is called with a scale: traced, it is done after the graph."""
+    """The scaling of LoRAs for a UNet that is called with a scale; when traced, diffusers does it after the graph."""
     if (
         call is None
         or call.lora_scale == 1
@@ -153,11 +153,11 @@ def _autocast(x: torch.Tensor) -> torch.dtype | None:
 
 
 def is_exported() -> bool:
-    """Whether what is computed now becomes a program for elsewhere."""
+    """True if the present computation becomes an exported program."""
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def new_number() -> torch.Tensor:
-    """A number to find something by, as a tensor, by whose value no graph is traced anew; int64 `[]`."""
+    """A new number for a processor, as a tensor, so that no graph is traced again for its value; int64 `[]`."""
     with torch.inference_mode(False):
         return torch.tensor(next(NUMBERS), dtype=torch.int64, device="cpu")

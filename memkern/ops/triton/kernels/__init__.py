@@ -1,1 +1,1 @@
-"""What runs on the GPU, in Triton's language. The modules above say what it is launched with."""
+"""The code that runs on the GPU, in Triton's language. The modules above launch it."""

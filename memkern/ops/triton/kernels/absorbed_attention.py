@@ -1,7 +1,7 @@
 """The kernels of `absorbed_attention`: x `[B, N, C]`, a and vo `[B, H, n, C]`, bias `[B, H, n]` → `[B, N, C]`.
 
-Two matrix products with the probabilities between them in memory, or rather in the L2 cache. A sequence's keys are
-counted up to its last one that is not excluded, and to a multiple of 8; the probabilities of its heads lie
+Two matrix products; the probabilities between them are in memory, in practice in the L2 cache. A sequence's keys are
+counted up to its last one that is not excluded, rounded up to a multiple of 8; the probabilities of its heads lie
 next to each other, so that the second product has one long inner dimension and no gap.
 """
 
@@ -13,7 +13,7 @@ from .tiles import count_keys, load_parts, reciprocal, softmax_parts, span, sum_
 
 @triton.jit
 def counted_keys(bias, bias_key, bias_head, bias_heads, keys, KEYS: tl.constexpr, STEP: tl.constexpr):
-    """How many keys of a sequence are computed: `count_keys` of them, up to a multiple of STEP."""
+    """The number of keys of a sequence that are computed: `count_keys`, rounded up to a multiple of STEP."""
     return STEP * tl.cdiv(count_keys(bias, bias_key, bias_head, bias_heads, keys, KEYS), STEP)
 
 
@@ -25,7 +25,7 @@ def write_probabilities(
 ):  # fmt: skip
     """softmax(x · aᵀ + bias) of BLOCK_M rows for HEADS heads, over the first `counted` keys of KEY_PARTS, into memory.
 
-    A row of a belongs to one key alone: what an excluded key's holds is in its own logit, which is not used.
+    A row of a belongs to one key only: the row of an excluded key affects only its own logit, which is not used.
     """
     row = tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK_C)
@@ -70,7 +70,7 @@ def absorbed_probabilities_kernel(
     FEW_PARTS: tl.constexpr, KEY_PARTS: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of BLOCK_M rows for HEADS heads: of out `[B, N, H · WIDTH]` the columns from head · counted.
+    """Probabilities of BLOCK_M rows for HEADS heads: the columns from head · counted of out `[B, N, H · WIDTH]`.
 
     The heads of a tile follow each other, so that its x is read from the cache. A sequence with at most FEW keys takes
     the narrower of two bodies.
@@ -106,7 +106,7 @@ def absorbed_values_kernel(
     C: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Those probabilities times vo, which is 0 for excluded keys: BLOCK_M × BLOCK_C of the output.
+    """The product of those probabilities with vo, which is 0 for excluded keys: BLOCK_M × BLOCK_C of the output.
 
     The inner dimension runs over all heads' counted keys, BLOCK_K at a time.
     """
@@ -126,7 +126,7 @@ def absorbed_values_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in range(0, depth, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        # Half a key off the edges float32 cannot round into the next head.
+        # Half a key from the edges, float32 cannot round into the next head.
         head = ((inner + 0.5) * per_key).to(tl.int32)
         key = inner - head * counted
         exists = (inner < depth) & (key < keys)

@@ -1,4 +1,4 @@
-"""`attention_mass`: once over blocks of keys for the softmax's sums, once for its columns; or with all keys at hand."""
+"""`attention_mass`: one pass over blocks of keys for the softmax's sums, one for its columns; or with all keys held."""
 
 import triton
 import triton.language as tl
@@ -73,7 +73,7 @@ def resident_mass_kernel(
     D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.constexpr, KEY_PARTS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The same with all of a head's k at hand, `tiles` tiles of queries a program, `groups` of them a head."""
+    """The same with all of a head's k held, `tiles` tiles of queries a program, `groups` of them a head."""
     program = tl.program_id(0).to(tl.int64)
     head = (program // groups) % heads
     batch = program // groups // heads

@@ -1,4 +1,4 @@
-"""`biased_attention`, with softmax over blocks of keys as they come, and with all keys of a head at hand."""
+"""`biased_attention`, with the softmax taken block by block of keys, and with all keys of a head held."""
 
 import triton
 import triton.language as tl
@@ -30,7 +30,7 @@ def biased_attention_kernel(
 ):  # fmt: skip
     """q `[B, H, N, D]`, k and v `[B, H, n, D]`, bias `[B, H, n]` → out `[B, N, H, D]`.
 
-    Strides of q, k and v count UNIT elements, which tells the compiler of their alignment.
+    Strides of q, k and v count UNIT elements, so that the compiler knows their alignment.
     """
     program = tl.program_id(0)
     head = ((program // tiles) % heads).to(tl.int64)
@@ -83,7 +83,7 @@ def resident_attention_kernel(
     D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.constexpr, KEY_PARTS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The same with all of a head's k and v at hand: `tiles` tiles of queries a program, loaded one ahead."""
+    """The same with all of a head's k and v held: `tiles` tiles of queries a program, loaded one ahead."""
     program = tl.program_id(0)
     head = ((program // groups) % heads).to(tl.int64)
     batch = (program // (groups * heads)).to(tl.int64)

@@ -11,7 +11,7 @@ def embed_tokens_kernel(
 ):  # fmt: skip
     """input_ids and roles `[B, L]`, tokens `[V, D]`, positions `[P, D]` → out `[B, L, D]`; `count` = B · L.
 
-    An id out of range gives a row of NaN: to raise would take a device sync.
+    An id out of range gives a row of NaN: raising would need a device sync.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)

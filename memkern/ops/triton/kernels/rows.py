@@ -1,6 +1,6 @@
 """A plan on rows, in Triton: the tile that `edit_embeds` and `edit_kv` share.
 
-out[b, l] = scale[b, l] · rows[b, source[b, l]]        rows being the sequence's own, then the bank's
+out[b, l] = scale[b, l] · rows[b, source[b, l]]        rows: the sequence's own, then the bank's
 """
 
 import triton
@@ -14,7 +14,7 @@ def edit_tile(
 ):  # fmt: skip
     """The keys `index` `[R]` (int64, counted through the batch) by `column` `[C]`, of a contiguous `out`.
 
-    A source out of range gives a row of NaN: to raise would take a device sync.
+    A source out of range gives a row of NaN: raising would need a device sync.
     """
     read = tl.load(source + index, mask=mask, other=0).to(tl.int64)
     factor = tl.load(scale + index, mask=mask, other=0.0)

@@ -20,7 +20,7 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def tile_mask(rows, columns, width, EVEN: tl.constexpr):
-    """Rows `[R]` that exist by columns `[C]` below `width`; EVEN promises that all are."""
+    """Rows `[R]` that exist by columns `[C]` below `width`; EVEN promises that all columns are."""
     if EVEN:
         return rows[:, None]
     else:
@@ -43,9 +43,9 @@ def load_tiles(rows, row_mask, D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.
 def load_keys(
     rows, stride, keys, KEY_PARTS: tl.constexpr, D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """All of a head's k or v `[n, D]`: for each part of the keys a tile `[part, part of D]` per part of D, in a row.
+    """A head's whole k or v `[n, D]`: for each part of the keys a tile `[part, part of D]` per part of D, in a row.
 
-    Whether a key is excluded is not asked: the load would wait for the bias.
+    Excluded keys are loaded too: to check them, the load would wait for the bias.
     """
     tiles = ()
     first = 0
@@ -85,7 +85,7 @@ def part_logits(q_tiles, k_tiles, D_PARTS: tl.constexpr, KEY_PARTS: tl.constexpr
 def softmax_parts(logits, biases, scale, KEY_PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """exp(logits · scale + bias), from each row's highest, as `[M, part]` per part of the keys: a softmax's terms.
 
-    An excluded key's term is 0, whatever its logit.
+    An excluded key's term is 0 for any logit.
     """
     highest = tl.full([BLOCK_M], EXCLUDED, tl.float32)
     biased = ()
@@ -113,7 +113,7 @@ def biased_logits(
     q_tiles, k, k_row, bias, bias_key, key, keys, scale,
     D: tl.constexpr, D_PARTS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q kᵀ · scale + bias `[M, N]` of the keys `key` `[N]`, and which of them are not excluded.
+    """q kᵀ · scale + bias `[M, N]` of the keys `key` `[N]`, and a mask of those that are not excluded.
 
     An excluded key stays excluded where the query holds a NaN or Inf; its k is not read.
     """
@@ -132,11 +132,11 @@ def biased_logits(
 
 @triton.jit
 def count_keys(bias, bias_key, bias_head, heads, keys, KEYS: tl.constexpr):
-    """One more than the last key that some head does not exclude: a sequence skips the keys behind it.
+    """The index after the last key that some head does not exclude: a sequence skips the keys from there on.
 
     Args:
         bias: pointer to the biases of a sequence, `keys` of them per head.
-        heads: how many differ; 1 where all heads share them.
+        heads: how many heads have their own biases; 1 where all heads share them.
         KEYS: a power of 2, at least `keys`.
     """
     index = tl.arange(0, KEYS)
@@ -156,5 +156,5 @@ def exp_from(logits, highest):
 
 @triton.jit
 def reciprocal(total):
-    """1 / total for the sums of a softmax; 1 for that of a row without keys, whose weights are 0."""
+    """1 / total for the sums of a softmax; 1 for a row without keys, whose weights are 0."""
     return 1.0 / tl.where(total == 0.0, 1.0, total)
