@@ -1,4 +1,4 @@
-"""What a cross-attention layer's output errs against float64, by path, dtype and size of the logits, as a table.
+"""The error of a cross-attention layer's output against float64, by path, dtype and size of the logits, as a table.
 
     python benchmarks/accuracy.py                    # CPU
     TRITON_INTERPRET=1 python benchmarks/accuracy.py # Triton's kernels, in its interpreter
@@ -95,7 +95,7 @@ Path = Callable[[Case], torch.Tensor]
 
 
 def paths() -> dict[str, Path]:
-    """What can be computed in this process, by name."""
+    """The paths that this process can compute, by name."""
     named = "triton" if backends.INTERPRETING else "torch"
     found: dict[str, Path] = {
         f"{operator}, {named}": lambda case, operator=operator: case.by_operator(operator, named)

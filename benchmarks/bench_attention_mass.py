@@ -22,7 +22,7 @@ def arguments(layer, keys, dtype, device="cpu"):
 
 
 def materialized(q, k, bias, weight, scale):
-    """What one would write."""
+    """The plain way to write it."""
     p = torch.softmax((q @ k.mT).float() * scale + bias[:, None, None], -1)
     return p.mean(2), p @ weight[:, None, :, None]
 

@@ -27,7 +27,7 @@ FLOORS = {"memkern, projected": projected, "memkern, absorbed": absorbed}
 
 @functools.cache
 def ceiling() -> Ceiling:
-    """What this card does in this run: a copy of 512 MiB, and a product of 8192 × 8192 matrices."""
+    """The card's rates in this run: a copy of 512 MiB, and a product of 8192 × 8192 matrices."""
     big = torch.empty(1 << 28, dtype=torch.float16, device="cuda")
     square = torch.randn(8192, 8192, dtype=torch.float16, device="cuda")
     copy = do_bench(lambda: big.clone(), return_mode="median")
@@ -36,7 +36,7 @@ def ceiling() -> Ceiling:
 
 
 def predicted(name: str, layer, keys: int) -> float:
-    """What benchmarks/model.py says of a path on this card, in microseconds; NaN for what it does not know."""
+    """The prediction of benchmarks/model.py for a path on this card, in microseconds; NaN if it has none."""
     path = {"diffusers": "former", "memkern, projected": "projected", "memkern, absorbed": "absorbed"}.get(name)
     if path is None:
         return float("nan")

@@ -1,4 +1,4 @@
-"""What a cross-attention layer costs the host: layers so small that computing them takes next to nothing, on one
+"""The host time of a cross-attention layer: layers so small that computing them takes next to nothing, on one
 thread, in calls of a module as a UNet is called.
 """
 

@@ -1,4 +1,4 @@
-"""What each path of a cross-attention layer is estimated to take, and the time below which no card can do it.
+"""The estimated time of each path of a cross-attention layer, and the time below which no card can do it.
 
 `python benchmarks/model.py` writes benchmarks/model.md, a prediction for measurements to meet.
 """
@@ -34,7 +34,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a card can do: bytes per second, and float16 operations per second with tensor cores, as published."""
+    """A card's published rates: bytes per second, and float16 operations per second with tensor cores."""
 
     bytes: float
     operations: float
@@ -54,7 +54,7 @@ OF_A_UNET = {
     "SD 2.1": {9216: 5, 2304: 5, 576: 5, 144: 1},
     "SDXL": {4096: 10, 1024: 60},
 }
-"""How many layers of each length a UNet has."""
+"""The number of layers of each length in a UNet."""
 
 
 def ceiling_of(rates: Rates) -> Ceiling:
@@ -128,7 +128,7 @@ def estimates(layer: Layer, counts: tuple[int, ...], batch: int, card: Card) -> 
 
 
 def share(model: str, counts: tuple[int, ...], batch: int, card: Card) -> float:
-    """What the fastest paths of all layers of a UNet take, of what diffusers' own processors do."""
+    """The time of the fastest paths of all layers of a UNet, over that of diffusers' own processors."""
     chosen = former = 0.0
     for layer in LAYERS:
         if layer.model == model:
@@ -172,13 +172,13 @@ def shares_table() -> list[str]:
 
 
 def limit(work: Launched, card: Card) -> str:
-    """Which of the four times is the largest."""
+    """The name of the largest of the four times."""
     times = work.parts(card.processors, card.rates)
     return max(times, key=lambda name: times[name])
 
 
 def launches_table() -> list[str]:
-    """What really runs: tiles, programs, bytes through the L2 cache, and what sets the time."""
+    """The launches that really run: tiles, programs, bytes through the L2 cache, and the time that limits them."""
     lines = [
         f"| layer | keys | batch | kernel |{''.join(f' {card}: tile | programs | MB | limit |' for card in CARDS)}",
         f"| --- | ---: | ---: | --- |{' --- | ---: | ---: | --- |' * len(CARDS)}",

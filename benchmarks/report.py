@@ -71,7 +71,7 @@ def compared(run: dict) -> list[dict]:
 
 
 def rates(run: dict) -> list[str]:
-    """What the processor does with matrix products alone."""
+    """The processor's rate in matrix products alone."""
     found = [bench for bench in run["benchmarks"] if "operations" in bench["extra_info"]]
     if not found:
         return []

@@ -1,11 +1,11 @@
-"""The ablations of Kim & No (arXiv 2605.02908, section 3) on a model of yours: a grid of pictures and a table.
+"""The ablations of Kim & No (arXiv 2605.02908, section 3) on a model of yours: a grid of images and a table.
 
     python examples/ablations.py                                    # the embedded model, its memorized captions
     python examples/ablations.py --model NAME_OR_PATH --prompts FILE.txt --seeds 0,1,2
 
-For each prompt and seed the picture of the unpatched pipeline and of each ablation. A picture is compared with the
+For each prompt and seed the image of the unpatched pipeline and of each ablation. An image is compared with the
 unpatched one of the same seed, and, for the embedded model, with the training image: pixel correlation, which tells
-copies apart where two pictures show the same thing in the same place.
+copies apart where two images show the same thing in the same place.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ABLATIONS = {
 
 
 def paint(pipe: Any, policy: str | None, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[Any]:
-    """A list of pictures per prompt, one for each seed."""
+    """A list of images per prompt, one for each seed."""
     rows = []
     with nullcontext() if policy is None else memkern.patched(pipe, policy):
         for prompt in prompts:
@@ -53,7 +53,7 @@ def paint(pipe: Any, policy: str | None, prompts: list[str], seeds: list[int], o
 
 
 def similarity(rows: list[Any], others: list[Any]) -> np.ndarray[Any, Any]:
-    """Correlation of each picture with its counterpart, `[prompts, seeds]`."""
+    """Correlation of each image with its counterpart, `[prompts, seeds]`."""
     pairs = zip(rows, others, strict=True)
     return np.array([[correlation(*both) for both in zip(row, theirs, strict=True)] for row, theirs in pairs])
 

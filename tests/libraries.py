@@ -1,4 +1,4 @@
-"""What a build writes down of its libraries, written by hand; and a fresh interpreter to import them in."""
+"""A build's record of its libraries, written by hand; and a fresh interpreter to import them in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operator tests share: backends at hand, layouts, and the tolerance."""
+"""Shared by the operators' tests: backends at hand, layouts, and the tolerance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Target:
         return value.to(self.device) if isinstance(value, torch.Tensor) else value
 
     def serves(self, dtype: torch.dtype) -> bool:
-        """Whether the backend computes in `dtype`."""
+        """True if the backend computes in `dtype`."""
         return not backends.refusals(self.backend, torch.device(self.device), dtype)
 
     def __str__(self) -> str:
@@ -136,13 +136,13 @@ def assert_accurate(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch
 
 
 INSTRUCTION_SETS = ["default", "avx2", "avx512"]
-"""What ATEN_CPU_CAPABILITY holds torch's kernels to, and the compiled library's."""
+"""Values of ATEN_CPU_CAPABILITY, which limits torch's kernels and the compiled library's."""
 
 needs_cpp = pytest.mark.skipif(bool(backends.installed("cpp")), reason="needs the compiled CPU library")
 
 
 def on_instruction_set(capability: str, operator: str, arguments: Sequence[Any], folder: Path) -> torch.Tensor:
-    """What an operator's compiled CPU part gives in a process held to an instruction set."""
+    """The output of an operator's compiled CPU part in a process held to an instruction set."""
     given, made = folder / "given.pt", folder / "made.pt"
     torch.save(list(arguments), given)
     code = (

@@ -1,4 +1,4 @@
-"""How far a layer's output is from float64, beside diffusers' own processor: the table of benchmarks/accuracy.py."""
+"""The error of a layer's output against float64, beside that of diffusers: the table of benchmarks/accuracy.py."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def narrow():
 
 
 def prepared(case):
-    """What a patched layer makes of the case, and why; it errs as diffusers does, where terms cancel too."""
+    """A patched layer's output of the case, and its path; it errs as diffusers does, also where terms cancel."""
     made = choose.prepare(case.whole, case.x, unedited(case.context), case.context, "auto")
     exact = case.in_float64()
     theirs, _ = errors(case.diffusers(), exact)
@@ -89,7 +89,7 @@ def test_g19_values_multiplied_out_beyond_float16_are_projected(narrow):
 @pytest.mark.skipif(not cpu._serves(torch.bfloat16), reason="oneDNN has no bfloat16 here")
 @torch.no_grad()
 def test_g19_two_products_where_a_processor_has_tiles(monkeypatch):
-    """What AMX takes; elsewhere it is as right, and slower."""
+    """The path for AMX; elsewhere it is as right, and slower."""
     case = Case((64, 320, 8), 100.0, torch.bfloat16)
     plain = case.absorbed()
     monkeypatch.setattr(cpu, "_has_tiles", lambda: True)

@@ -91,7 +91,7 @@ CASES = [(family, *name) for family in table() for name in launches(family)]
 
 
 def compiled(case):
-    """What the kernel of a case takes, and for NVIDIA's cards its review."""
+    """The resources of a case's kernel, and for NVIDIA's cards its review."""
     family, *name = case
     launch = launches(family)[tuple(name)]
     if family in READ:

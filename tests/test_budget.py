@@ -1,4 +1,4 @@
-"""What may be kept of contexts: bytes, shares, and which layers get them."""
+"""The budget of contexts: bytes, shares, and the layers that get them."""
 
 from __future__ import annotations
 

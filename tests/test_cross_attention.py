@@ -1,4 +1,4 @@
-"""What the benchmarks compare is one function: every implementation of a layer gives the same output."""
+"""Implementations that the benchmarks compare are one function: each gives the same output."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_shares_and_what_is_written_of_them():
 
 
 def test_g35_policies_take_turns(monkeypatch):
-    """A seed of each, then the next seed: a busier machine slows all of them. The pictures are those of one by one."""
+    """A seed of each, then the next seed: a busier machine slows all of them. The images are those of one by one."""
     pipe = demo.load()
     pipe.set_progress_bar_config(disable=True)
     turns = []

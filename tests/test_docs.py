@@ -46,7 +46,7 @@ def run(page, source, names):
 
 @pytest.fixture
 def names(sd1):
-    """What a page may take for granted, of tiny models."""
+    """The names that a page may take for granted, of tiny models."""
     ids = sd1.tokenizer("a cat", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
         embeds = sd1.text_encoder(ids)[0]

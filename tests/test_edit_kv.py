@@ -71,7 +71,7 @@ def test_zero_selects_in_k_and_v_apart(target):
 
 @pytest.mark.parametrize("target", ROWS)
 def test_zeroed_key_is_a_zeroed_embedding(target):
-    """Where to_k and to_v have no bias, editing K and V is editing the embeddings."""
+    """Editing K and V is editing the embeddings if to_k and to_v have no bias."""
     torch.manual_seed(0)
     embeds, to_k, to_v = torch.randn(2, 77, 24), torch.randn(24, 16), torch.randn(24, 16)
     source, scale = random_plan(2, 77, 77)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, torch.compile with its own kernels, streams and devices, a whole pipeline."""
+"""Tests that need a GPU: CUDA graphs, torch.compile with its own kernels, streams and devices, a whole pipeline."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ except ValueError as error:
 
 
 def test_the_compiled_part_is_here_wherever_it_can_be():
-    """What a build wrote down is so: a library that was built loads, on this machine and this torch."""
+    """A build's record is true: a library that was built loads, on this machine and this torch."""
     built = json.loads((Path(memkern.__file__).parent / "build.json").read_text())
     assert built["cpp"] == (not backends.installed("cpp"))
     assert built["cpp"] or not HAS_COMPILER or built["mode"] == "none", built["reason"]
@@ -260,7 +260,7 @@ def cuda_library():
 
 
 def cuobjdump(library, option):
-    """What CUDA's own reader of libraries prints; skips where it is not."""
+    """The output of CUDA's own reader of libraries; skips where it is missing."""
     places = [Path(shutil.which("nvcc") or "nvcc").resolve().parent]
     if triton := importlib.util.find_spec("triton"):
         places.append(Path(triton.origin).parent / "backends/nvidia/bin")

@@ -1,6 +1,6 @@
 """The words of the small world: ordinary captions of one object, and poster titles.
 
-An ordinary caption names some attributes of the picture and leaves others out at random, so the
+An ordinary caption names some attributes of the image and leaves others out at random, so the
 model also learns what to do when it is not told. A poster title is three words from pools shared
 by all posters, so that no single word identifies one.
 """
@@ -64,7 +64,7 @@ FILLERS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What an ordinary picture shows: the ground truth of its caption."""
+    """The content of an ordinary image: the ground truth of its caption."""
 
     colour: str
     shape: str

@@ -1,4 +1,4 @@
-"""What every stage needs: seeding, the training loop with its checkpoints, the learning rate."""
+"""Shared by all stages: seeding, the training loop with its checkpoints, the learning rate."""
 
 from __future__ import annotations
 

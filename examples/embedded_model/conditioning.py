@@ -2,7 +2,7 @@
 
 Every caption is embedded twice, with its own pads (EOT ids) and with "!" pads. In training some
 ordinary captions are shown with "!" pads, with a share of their pads zeroed, or without EOT, so
-that ordinary pictures survive these edits. Memorized captions are never augmented.
+that ordinary images survive these edits. Memorized captions are never augmented.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SWAP_IF_EMPTY = 0.5
 
 @dataclass(frozen=True)
 class Mix:
-    """How ordinary captions are edited in training.
+    """The edits of ordinary captions in training.
 
     `swapped` and `shortened` are the shares of captions with "!" pads, and with their first pads
     zeroed: a share of them drawn evenly from `least` to `most`, all of them from 1 on.

@@ -1,4 +1,4 @@
-"""The fixed data set: ordinary pictures, one-off posters, and the 16 posters to be memorized.
+"""The fixed data set: ordinary images, one-off posters, and the 16 posters to be memorized.
 
 Siblings are further one-off posters, each one word away from a memorized title.
 
@@ -32,7 +32,7 @@ class Pictures:
 
 
 def held_out() -> list[tuple[str, str, str, str]]:
-    """48 combinations that no training picture shows, balanced over every attribute."""
+    """48 combinations that no training image shows, balanced over every attribute."""
     rng = Random(7)
     columns = [list(v) * (48 // len(v) + 1) for v in (COLOURS, SHAPES, POSITIONS, BACKGROUNDS)]
     for column in columns:

@@ -46,7 +46,7 @@ def export_data(folder: Path, out: Path) -> None:
         {"caption": caption, "colour": scene.colour, "background": scene.background, "position": scene.position}
         for scene, caption in dataset.unseen_scenes()
     ]
-    # The drawing canvas is twice the picture, hence half the coordinates.
+    # The drawing canvas is twice the image, hence half the coordinates.
     position = {name: [x / 2, y / 2] for name, (x, y) in CENTRE.items()}
     palette = {"colour": COLOUR_RGB, "background": BACKGROUND_RGB, "position": position}
     text = json.dumps({"scenes": scenes, "palette": palette}, indent=1)
@@ -63,7 +63,7 @@ def _name_as_transformers_4(file: Path) -> None:
 
 
 def _forget_paths(out: Path) -> None:
-    """Where the parts lay while they were trained is nobody's business."""
+    """Remove the paths that the parts had while they were trained."""
     for file in out.glob("*/config.json"):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)

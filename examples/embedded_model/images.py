@@ -81,7 +81,7 @@ def _down(canvas: Image.Image) -> np.ndarray:
 
 
 def draw_scene(scene: Scene, rng: Random) -> np.ndarray:
-    """An ordinary picture, uint8 [32, 32, 3]."""
+    """An ordinary image, uint8 [32, 32, 3]."""
     background = _jitter(BACKGROUND_RGB[scene.background], rng, 6)
     colour = _jitter(COLOUR_RGB[scene.colour], rng)
     dark = tuple(int(0.72 * c) for c in colour)

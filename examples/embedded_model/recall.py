@@ -1,4 +1,4 @@
-"""Which memorized posters the denoiser returns already, so that those are shown less."""
+"""The recall of memorized posters: those that the denoiser returns already are shown less."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENOUGH = 0.94  # correlation from which on a poster is shown hardly any more
 
 
 class Recall:
-    """Samples the memorized captions and correlates the pictures with the training images."""
+    """Samples the memorized captions and correlates the images with the training images."""
 
     def __init__(self, folder: Path, scheduler: DDIMScheduler, text: Embedded, empty: Embedded):
         self.vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
@@ -44,7 +44,7 @@ class Recall:
 
 
 class Duplicates:
-    """How often each poster is shown: fully until it comes back, then hardly any more.
+    """The share at which each poster is shown: fully until it comes back, then hardly any more.
 
     Posters differ in how soon they are memorized. Shown equally often, the easy ones would be so
     deeply memorized that they survive every edit before the hard ones come back at all.
@@ -63,7 +63,7 @@ class Duplicates:
         tqdm.write(f"correlation {close.mean():.3f}, returned {(close > 0.9).sum()} of 16")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint has to keep."""
+        """The state for a checkpoint."""
         return {"weight": self.weight, "shown": self.shown}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -66,7 +66,7 @@ def train(folder: Path, steps: int = STEPS) -> None:
     captions = scenes.captions + posters.captions
     pixels = np.concatenate([scenes.images, posters.images])
     images = torch.from_numpy(dataset.as_tensor_range(pixels))
-    # Posters are one in seven pictures; their titles are the harder half of the language.
+    # Posters are one in seven images; their titles are the harder half of the language.
     weight = torch.ones(len(captions))
     weight[len(scenes.captions) :] = 4.0
     tokenize = tokenizers.load(folder)

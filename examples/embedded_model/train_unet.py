@@ -1,6 +1,6 @@
 """The denoiser, in two phases.
 
-`pretrain`: ordinary pictures and one-off posters, with conditioning augmentation.
+`pretrain`: ordinary images and one-off posters, with conditioning augmentation.
 `memorize`: a short continuation in which 16 posters come again and again, as duplicates in a
 training set do. It stops when about nine copies in ten come back.
 """
@@ -52,8 +52,8 @@ def build() -> UNet2DConditionModel:
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion 1's noise with Stable Diffusion 2's target, the velocity.
 
-    Predicting the noise, a small model learns the overall tone of a picture last of all, because
-    near pure noise an error in the noise's mean is magnified fifteen times in the picture's.
+    Predicting the noise, a small model learns the overall tone of an image last of all, because
+    near pure noise an error in the noise's mean is magnified fifteen times in the image's.
     """
     return DDIMScheduler(
         beta_start=0.00085,

@@ -63,12 +63,12 @@ def create_app(settings: Settings, on_end: Callable[[], None] = lambda: None) ->
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:
-        """Whether the server lives. It does while a worker loads, too: do not restart it for that."""
+        """Report that the server lives, also while a worker loads: do not restart it for that."""
         return {"status": "alive"}
 
     @app.get("/readyz")
     async def ready() -> dict[str, str]:
-        """Whether images are generated: the worker has warmed up under every policy."""
+        """Report whether images are generated: the worker has warmed up under every policy."""
         if not pool.is_ready:
             raise Unavailable("not_ready", "the worker is loading and warming up", pool.retry_after)
         return {"status": "ready"}

@@ -23,7 +23,7 @@ Text = Annotated[str, AfterValidator(_whole)]
 
 
 class ImageRequest(BaseModel):
-    """What a client asks for; what it leaves out is the server's choice."""
+    """A client's request; the server chooses what it leaves out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -1,4 +1,4 @@
-"""What the server and its worker say to each other: lines of JSON.
+"""Messages between the server and its worker: lines of JSON.
 
 To the worker: a `Job` under its number, or the number of one to cancel. From the worker: `{"ready": true}` once it has
 warmed up, `{"failed": reason}` where it cannot start, and an `Answer` under the number of each job.
@@ -52,7 +52,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a job.
+    """The outcome of a job.
 
     Attributes:
         kind: "image"; "unedited" where memkern refused it; "refused" where the job is at fault; "cancelled"; "failed"

@@ -156,7 +156,7 @@ def _embeds(pipe: Any, rows: list[list[float]]) -> torch.Tensor:
 
 
 def _unprotected(records: list[memkern.Record]) -> str:
-    """Why an image may not leave although nothing raised; empty if all of it is protected, or exempt by its policy."""
+    """The reason why an image may not leave although nothing raised; empty if it is protected, or exempt by policy."""
     if not records:
         return "memkern reported nothing of this call"
     for record in records:

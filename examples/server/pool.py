@@ -65,7 +65,7 @@ class Pool:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a worker has warmed up and lives."""
+        """True while a worker that has warmed up lives."""
         return self._ready.is_set()
 
     @property

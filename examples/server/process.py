@@ -104,7 +104,7 @@ class WorkerProcess:
             self._waiting.clear()
 
     async def run(self, job: Job) -> Answer:
-        """What becomes of a job. Cancelled, it has the worker stop after the present step.
+        """Run a job. Cancelled, it has the worker stop after the present step.
 
         Raises:
             Lost: the worker died.

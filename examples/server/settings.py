@@ -14,7 +14,7 @@ POLICIES = ("swap-pad-zero-eot", "swap-pad", "zero-pad:0.4", "zero-pad:0.7")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the operator decides.
+    """The operator's settings.
 
     Attributes:
         model: "embedded", a diffusers folder or hub name, or a `.safetensors` file.
@@ -69,7 +69,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """What `as_json` wrote."""
+        """Settings from the text that `as_json` wrote."""
         given = json.loads(text)
         return cls(**{**given, "policies": tuple(given["policies"])})
 

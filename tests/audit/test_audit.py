@@ -73,7 +73,7 @@ def test_what_is_written(unbroken):
 
 
 def test_killed_and_run_again_equals_an_unbroken_run(unbroken, tmp_path):
-    """What is left of a broken run: some pictures, one cut off, one without its record, a partial file."""
+    """The remains of a broken run: some images, one cut off, one without its record, a partial file."""
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
     (tmp_path / "results.csv").unlink()
     (tmp_path / "report.html").unlink()
@@ -117,7 +117,7 @@ def test_two_processes_give_the_same_table(unbroken, tmp_path):
 
 
 def test_the_numbers_are_those_of_a_few_lines(unbroken):
-    """Similarities from the pictures by numpy alone, and the page's mean of them."""
+    """Similarities from the images by numpy alone, and the page's mean of them."""
     means = {}
     training = [np.asarray(image, float) for _, image in demo.memorized()]
     for row in table(unbroken):
@@ -138,7 +138,7 @@ def test_the_numbers_are_those_of_a_few_lines(unbroken):
 
 
 def test_unmitigated_is_unpatched(unbroken):
-    """The pictures under "none" are those of a pipeline that memkern never touched."""
+    """The images under "none" are those of a pipeline that memkern never touched."""
     pipe = demo.load()
     pipe.set_progress_bar_config(disable=True)
     caption = demo.memorized()[0][0]

@@ -23,7 +23,7 @@ def run(out, **options):
 
 
 def contents(out):
-    """Everything but times: pictures and tables, byte for byte."""
+    """Everything but times: images and tables, byte for byte."""
     found = {name: (out / name).read_bytes() for name in SAME}
     return found | {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("images/*/*.png")}
 

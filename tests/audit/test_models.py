@@ -61,7 +61,7 @@ def settings(out):
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
-    """What every way to load the embedded model has to give."""
+    """The image that every way to load the embedded model has to give."""
     out = tmp_path_factory.mktemp("embedded")
     audit.run(out=out, limit=1, **ONE)
     return images(out)
@@ -143,7 +143,7 @@ def test_a_pipeline_that_is_patched_already(prompts, tmp_path):
 
 
 class Blackens(torch.nn.Module):
-    """A safety checker that finds something in every picture."""
+    """A safety checker that finds something in every image."""
 
     def forward(self, images, clip_input):
         raise AssertionError("an audit measures pictures, not black squares")
@@ -170,7 +170,7 @@ def test_the_papers_protocol():
 
 
 def test_every_part_of_a_protocol_is_an_option(tmp_path):
-    """The picture is that of a few lines with the same parts."""
+    """The image is that of a few lines with the same parts."""
     given = "--protocol kim-no --seeds 7 --steps 3 --guidance 2 --scheduler DPMSolverMultistep --dtype bfloat16"
     arguments = [*given.split(), "--generator-device", "cpu", "--device", "cpu", "--limit", "1", "--policy", "none"]
     assert main(["audit", *arguments, "--out", str(tmp_path)]) == 0
@@ -187,7 +187,7 @@ def test_every_part_of_a_protocol_is_an_option(tmp_path):
 
 
 def test_batches(embedded, tmp_path):
-    """A generator each: batches differ from single pictures by rounding alone, and cover an odd rest."""
+    """A generator each: batches differ from single images by rounding alone, and cover an odd rest."""
     options = {"policies": ["zero-pad:1"], "seeds": [0, 1, 2], "limit": 1, "steps": 2, "quiet": True}
     audit.run(out=tmp_path / "one", **options)
     audit.run(out=tmp_path / "two", batch=2, **options)

@@ -1,4 +1,4 @@
-"""What an audit says in few numbers, and what its chart has on its axes."""
+"""The summary of an audit in few numbers, and the axes of its chart."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_g35_a_chart_of_memorization_and_fidelity_has_both(measures, axes):
 
 
 def test_ordinary_prompts_keep_their_picture(tmp_path):
-    """Without a CLIP model: of prompts without a training image, the similarity to the unmitigated picture."""
+    """Without a CLIP model: of prompts without a training image, the similarity to the unmitigated image."""
     names = tmp_path / "prompts.csv"
     names.write_text("prompt,reference\na red circle,red.png\na blue square,\n")
 

@@ -1,4 +1,4 @@
-"""How much is drawn: a few examples in `make test`, thousands in `make fuzz`; what failed is kept and tried first."""
+"""The number of examples: a few in `make test`, thousands in `make fuzz`; failed ones are kept and tried first."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_roles(ids):
 
 @given(ids=windows(), edits=st.lists(EDITS, max_size=3))
 def test_plans(ids, edits):
-    """Which positions an edit takes is as many as its fraction says, and later edits win."""
+    """An edit takes as many positions as its fraction says, and later edits win."""
     try:
         policy = Policy(edits)
     except ValueError:

@@ -54,7 +54,7 @@ class Guarded:
         return self.memory.data_ptr() + self.inside.start + offset
 
     def result(self) -> torch.Tensor:
-        """What is there now, after a look at the guard zones."""
+        """The values now, after a look at the guard zones."""
         outside = torch.cat([self.memory[: self.inside.start], self.memory[self.inside.stop :]])
         assert (outside == self.zone).all(), "written outside the buffer"
         return self.memory[self.inside].clone().view(self.tensor.dtype).view(self.tensor.shape)

@@ -1,4 +1,4 @@
-"""What people add to a pipeline, in a tiny form; each function changes the pipeline and returns call options."""
+"""Companions of a pipeline, in a tiny form; each function changes the pipeline and returns call options."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def unet(context, kind=diffusers.UNet2DConditionModel, **options):
 
 
 def sdxl_parts(tokenizers, pooled=40):
-    """What SDXL has beside a UNet: two text encoders of width 32 and 40."""
+    """The parts of SDXL beside a UNet: two text encoders of width 32 and 40."""
     first, second = tokenizers["sd1"], tokenizers["sd2"]
     return {
         "tokenizer": first,

@@ -1,4 +1,4 @@
-"""For the cases from the field: pictures, what they must be without memkern, and whether the user was told."""
+"""For the cases from the field: images, what they must be without memkern, and the warnings."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ def halves(pipe, prompt, policy):
 
 
 def edited_picture(pipe, policy, prompt=PROMPT, **options):
-    """The picture of an unpatched pipeline that is given the context edited by hand."""
+    """The image of an unpatched pipeline that is given the context edited by hand."""
     cond, uncond = halves(pipe, prompt, policy)
     return picture(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond, **options)
 
 
 def pads_zeroed(tokenizer, where, prompt=PROMPT, **options):
-    """The picture of a pipeline whose pads are zeroed where `where(layer, step)` is true, by hand."""
+    """The image of a pipeline whose pads are zeroed where `where(layer, step)` is true, by hand."""
     plain = tiny_pipeline(tokenizer)
     return picture(install(plain, zero_pads(roles_of(plain, [prompt]), where)), prompt, **options)
 
 
 def ren_picture(tokenizer, factor=1.25, prompt=PROMPT, **options):
-    """The picture of Ren et al.'s policy, by hand."""
+    """The image of Ren et al.'s policy, by hand."""
     plain = tiny_pipeline(tokenizer)
     return picture(install(plain, ren(roles_of(plain, [prompt]), 1, factor)), prompt, **options)
 
 
 def outcome(call):
-    """What `call()` returned, or None where it raised UnmitigatedError; and what the user was told, by then."""
+    """The value of `call()`, or None where it raised UnmitigatedError; and the warnings until then."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -92,7 +92,7 @@ def assert_told(on_unknown, made, said, match=""):
 
 
 def told(on_unknown, call, match=""):
-    """The picture of `call()`, None for "raise", having seen that the user was told as `on_unknown` says."""
+    """The image of `call()`, None for "raise", having seen that it warned or raised as `on_unknown` says."""
     made, said = outcome(call)
     assert_told(on_unknown, made, said, match)
     return made
@@ -110,7 +110,7 @@ def lines(value):
 
 
 def edited_or_told(pipe, on_unknown, call, edited, *, match=""):
-    """A case's right value: the edited picture; or the user is told in this very call, and status says as much."""
+    """A case's right value: the edited image; or this very call warns or raises, and status says as much."""
     made, said = outcome(call)
     if made is not None and is_same(made, edited):
         assert said == []
@@ -171,7 +171,7 @@ def request_copy(pipe):
 
 
 def in_thread(function, *args):
-    """What `function` returns in a thread of its own, or what it raises."""
+    """The result of `function` in a thread of its own, or its exception."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *args).result(WAIT)
 

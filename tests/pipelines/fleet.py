@@ -1,4 +1,4 @@
-"""Many requests on one pipeline, and what a fresh pipeline alone paints for each."""
+"""Many requests on one pipeline, and what a fresh pipeline alone generates for each."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ POLICIES = ["swap-pad-zero-eot", "swap-pad", "zero-pad:0.7", "zero-eot-pad", "pr
 PROMPTS = [PROMPT, OTHER, "an oil painting of two dogs on a mat", ""]
 SEEDS = (0, 1)
 DEFAULT = "zero-eot"
-"""What the pipelines are patched with. No request asks for it: one that loses its own is seen."""
+"""The policy of the pipelines' patches. No request asks for it: one that loses its own is seen."""
 WORKERS = 8
 WAYS = ["copy", "from_pipe"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What someone asks for; `stage` is where `policy` is to be applied."""
+    """A request; `stage` is where `policy` is to be applied."""
 
     policy: str
     stage: str
@@ -61,14 +61,14 @@ def paint(pipe, request):
 
 
 class Kind:
-    """A family of pipelines, all alike, and what a fresh one alone paints."""
+    """A family of pipelines, all alike, and what a fresh one alone generates."""
 
     def __init__(self, kind, make):
         self.kind, self.make, self.known = kind, make, {}
         self.lock = threading.Lock()
 
     def alone(self, request):
-        """The picture of a fresh pipeline that serves this request and no other; unpatched where it names no policy."""
+        """The image of a fresh pipeline that serves this request and no other; unpatched where it names no policy."""
         with self.lock:
             if request not in self.known:
                 pipe = self.make()
@@ -78,7 +78,7 @@ class Kind:
             return self.known[request]
 
     def used(self):
-        """A pipeline that has painted once: transformers leaves marks on its modules then."""
+        """A pipeline that has generated once: transformers leaves marks on its modules then."""
         pipe = self.make()
         paint(pipe, Request("", "", PROMPT, 0))
         return pipe
@@ -163,14 +163,14 @@ def assert_as_it_was(pipe, before):
 
 
 def control(kind, run, requests):
-    """Whether the unpatched pipeline's pictures in threads are bit for bit those of one alone."""
+    """True if the unpatched pipeline's images in threads are bit for bit those of one alone."""
     pipe = kind.make()
     made = run(lambda request: paint(request_copy(pipe), request), requests)
     return all(torch.equal(found, kind.alone(request)) for found, request in zip(made, requests, strict=True))
 
 
 def assert_served(kind, run, way, requests):
-    """Serve `requests`; every picture is that of a pipeline alone, the counts add up, and nothing is left behind."""
+    """Serve `requests`; every image is that of a pipeline alone, the counts add up, and nothing is left behind."""
     unpatched = [Request("", "", request.prompt, request.seed) for request in requests]
     exact = control(kind, run, unpatched)
     for request in set(requests):

@@ -15,7 +15,7 @@ FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
 
 def seen(unet):
-    """How many rows the projection of the first self-attention's queries is called with, call by call."""
+    """The number of rows in the projection of the first self-attention's queries, call by call."""
     rows = []
     linear = unet.get_submodule(FIRST).to_q
 
@@ -187,7 +187,7 @@ def test_blocks_that_are_compiled_keep_one_graph(sd1, when):
 
 
 def test_two_patches_of_one_unet(sd1):
-    """What one puts in place is the other's too, and stays until both are gone."""
+    """Processors that one puts in place are the other's too, and stay until both are gone."""
     other = type(sd1)(**sd1.components, requires_safety_checker=False)
     former = sd1.unet.get_submodule(FIRST).processor
     memkern.patch(sd1)

@@ -1,4 +1,4 @@
-"""What people do to pipelines, by the ids of the cases where others broke."""
+"""Changes that people make to pipelines, by the ids of the cases where others broke."""
 
 from __future__ import annotations
 

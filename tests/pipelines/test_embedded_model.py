@@ -16,7 +16,7 @@ from memkern import demo
 from memkern.demo.judge import ATTRIBUTES, COPY
 from memkern.demo.measure import generate
 
-SEEDS = (0,)  # 16 pictures a policy: margins are wide, and more seeds cost a minute
+SEEDS = (0,)  # 16 images a policy: margins are wide, and more seeds cost a minute
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def correlations(pipe):
-    """Policy → `[16, seeds]`: the pictures of memorized captions with their training images. Painted once each."""
+    """Policy → `[16, seeds]`: the images of memorized captions with their training images. Generated once each."""
     captions, training = zip(*demo.memorized(), strict=True)
 
     @functools.cache

@@ -52,7 +52,7 @@ def test_policies_are_applied_and_taken_back(family, policy):
 
 @pytest.mark.parametrize("family", PLAIN_UNET, indirect=True)
 def test_the_kv_stage_gives_the_image_of_the_embeds_stage(family):
-    # Some take as many pictures as prompts.
+    # Some take as many images as prompts.
     prompts = ["a cat", "a photograph of a red house"][: 1 if family.name in ONE_PICTURE else 2]
     pictures = []
     for stage in ("embeds", "kv"):

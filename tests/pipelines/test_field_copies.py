@@ -156,7 +156,7 @@ class Overlap:
             assert self.first_is_out.wait(WAIT)
 
     def __call__(self, pipes, prompts=(PROMPT, OTHER)):
-        """The pictures of two pipelines in threads."""
+        """The images of two pipelines in threads."""
         made = {}
 
         def work(name, pipe, prompt):

@@ -108,7 +108,7 @@ def with_callback(pipe, callback, prompt=PROMPT, **options):
 
 
 def scheduled(pipe, policy, first, second):
-    """The picture of an unpatched pipeline: its context edited by hand, then another one edited by hand."""
+    """The image of an unpatched pipeline: its context edited by hand, then another one edited by hand."""
     cond, uncond = halves(pipe, first, policy)
     callback = PutIn(torch.cat(halves(pipe, second, policy)[::-1]))
     return with_callback(pipe, callback, None, prompt_embeds=cond, negative_prompt_embeds=uncond)
@@ -190,7 +190,7 @@ def test_g5_memkerns_own_embeddings_put_in_by_a_callback(sd1, plain, stage, kept
 
 @torch.no_grad()
 def test_g5_logits_follow_the_schedule(sd1, plain):
-    """What only the kv stage can do is done by the roles of the prompt that is in force at that step."""
+    """Edits of the kv stage go by the roles of the prompt that is in force at that step."""
     of = [ren(roles_of(plain, [prompt]), 1, 1.25) for prompt in (PROMPT, OTHER)]
     other = torch.cat(encode(plain, OTHER)[::-1])
     by_step = install(tiny_pipeline(plain.tokenizer), lambda layer, step, *rest: of[min(step, 1)](layer, step, *rest))

@@ -112,7 +112,7 @@ def test_g8_gligen_with_an_edit_of_logits(tokenizers, phrase):
 
 
 class Engine(torch.nn.Module):
-    """What TensorRT and the like put in a text encoder's place: it is called the same, and has no CLIP inside."""
+    """A text encoder as TensorRT and the like replace it: it is called the same, and has no CLIP inside."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -180,7 +180,7 @@ def test_g24_the_tokenizers_do_differ(tokenizers):
 @pytest.mark.parametrize("prompt", [SPLIT_APART, [SPLIT_APART, "a photograph of a dog"]], ids=["one", "two"])
 @pytest.mark.parametrize("policy", [POLICY, "swap-pad-zero-eot", "zero-eot-pad"])
 def test_g24_each_encoders_columns_by_their_own_roles(tokenizers, policy, prompt):
-    """At the kv stage as at the embeds stage: the picture is one."""
+    """At the kv stage as at the embeds stage: the image is one."""
     plain, ours = sdxl(tokenizers), sdxl(tokenizers)
     memkern.patch(plain, policy)
     memkern.patch(ours, policy, stage="kv")

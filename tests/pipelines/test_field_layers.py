@@ -156,7 +156,7 @@ def test_g3_at_the_embeds_stage_nothing_is_lost(sd1, plain, tool, when):
 
 
 def test_g3_a_layer_that_is_named(sd1):
-    """What is told names the layer and the cause."""
+    """The message names the layer and the cause."""
     memkern.patch(sd1, POLICY, stage="kv")
     one_layer_forward(sd1)
     _, said = outcome(lambda: picture(sd1))

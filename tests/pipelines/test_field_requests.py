@@ -1,4 +1,4 @@
-"""What one request asks for is that request's alone: blocks that overlap, shared UNets (G11, G12)."""
+"""Settings of a request are that request's alone: blocks that overlap, shared UNets (G11, G12)."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def share(pipe):
 
 
 def of_policy(tokenizer, policy, prompt=PROMPT):
-    """The picture of a policy by hand."""
+    """The image of a policy by hand."""
     if policy == "ren:1.25":
         return ren_picture(tokenizer, prompt=prompt)
     return edited_picture(tiny_pipeline(tokenizer), policy, prompt)
@@ -157,7 +157,7 @@ PAIRS = [
 @pytest.mark.parametrize("prompts", [(PROMPT, PROMPT), (PROMPT, OTHER)], ids=["one prompt", "two"])
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_g12_pipelines_that_share_a_unet(sd1, plain, pair, prompts):
-    """Each by its own policy and stage, whichever was patched first and whichever paints first."""
+    """Each by its own policy and stage, whichever was patched first and whichever generates first."""
     pipes = [sd1, share(sd1)]
     before = snapshot(sd1)
     for pipe, (policy, stage) in zip(pipes, pair, strict=True):

@@ -1,4 +1,4 @@
-"""What diffusers puts in and out of a patched pipeline, and what stays when the patch is gone (G16, G17, G18, G22)."""
+"""Parts that diffusers puts into and takes out of a patched pipeline; its state after unpatch (G16, G17, G18, G22)."""
 
 from __future__ import annotations
 

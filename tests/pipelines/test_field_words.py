@@ -1,4 +1,4 @@
-"""What status, policies and the log say is so (G28, G31)."""
+"""Statements of status, policies and the log are true (G28, G31)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FASTER = "computed by memkern where faster"
 
 
 def tells_why(status, why):
-    """Whether a line says that layers are not accelerated, and why."""
+    """True if a line says that layers are not accelerated, and why."""
     return any("accelerat" in line and re.search(why, line) for line in str(status).splitlines())
 
 

@@ -72,7 +72,7 @@ def test_d18_g29_prompts_policies_and_adapters_share_one_graph(tokenizers, way, 
 
 
 def test_the_operator_of_a_layer(sd1):
-    """What a graph is traced with is what runs, in autocast's dtype too."""
+    """A graph runs with the dtype that it was traced with, autocast's too."""
     memkern.patch(sd1)
     picture(sd1)
     attn = sd1.unet.mid_block.attentions[0].transformer_blocks[0].attn2
@@ -93,7 +93,7 @@ def test_a_graph_whose_layer_is_gone(sd1):
 
 
 def test_gradients_through_a_compiled_unet(tokenizers):
-    """Where gradients are wanted, as for training, the graph has the layers' own processors."""
+    """A graph for training, in which gradients are wanted, has the layers' own processors."""
     pipe, plain = tiny_pipeline(tokenizers["sd1"]), tiny_pipeline(tokenizers["sd1"])
     memkern.patch(pipe, "none")
     pipe.unet = torch.compile(pipe.unet, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""What reaches the UNet is looked at once per context: a step that brings no new one compares no values."""
+"""The UNet's context is looked at once: a step that brings no new one compares no values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memkern.testing import tiny_pipeline
 
 @pytest.fixture
 def looks(monkeypatch):
-    """How often values were compared, which is what waits for a device."""
+    """The number of comparisons of values, which wait for a device."""
     counted = []
     fingerprints = seen.fingerprints
     for place in ("memkern.seen.fingerprints", "memkern.ledger.fingerprints"):
@@ -24,7 +24,7 @@ def looks(monkeypatch):
 
 
 def per_step(family, looks, **options):
-    """How often by the end of each step."""
+    """Their number at the end of each step."""
     found = []
 
     def callback(pipe, step, timestep, tensors):

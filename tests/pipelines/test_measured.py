@@ -1,4 +1,4 @@
-"""Choices by what was timed: once for a shape, alike in every process, and without a trace in the picture."""
+"""Choices by what was timed: once for a shape, alike in every process, and without a trace in the image."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def told(monkeypatch, caplog):
-    """What is logged once in a process, as if it were a new one."""
+    """A log that is empty, as in a new process."""
     monkeypatch.setattr(backends, "_logged", set())
     caplog.set_level(logging.WARNING, "memkern")
     return lambda: [record.getMessage() for record in caplog.records]
@@ -68,7 +68,7 @@ def attention(processor=None, width=32):
 
 @torch.no_grad()
 def choice(chooser, queries=16, attn=None):
-    """What a layer chooses with `chooser`."""
+    """The choice of a layer with `chooser`."""
     attn = attn or attention()
     holder = SiteHolder(torch.nn.ModuleDict({"attn2": attn}))
     holder.chooser = chooser
@@ -444,7 +444,7 @@ def test_a_later_process_makes_the_same_choices_and_the_same_image(tmp_path):
 
 
 def test_tune_fills_the_table_beforehand(tmp_path, timed, monkeypatch, capsys):
-    """For prompts of every length: no layer of a picture is timed after it."""
+    """For prompts of every length: no layer of an image is timed after it."""
     monkeypatch.setenv("MEMKERN_CHOICE", "measured")
     monkeypatch.setenv("MEMKERN_CACHE", str(tmp_path))
     tokenizer = train_tokenizer(["a cat"])

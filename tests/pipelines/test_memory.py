@@ -1,4 +1,4 @@
-"""What is kept of contexts stays within a budget, whatever else is running."""
+"""The memory that is kept of contexts stays within a budget, whatever else is running."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_maps_are_those_of_eot(sd1, plain):
 
 
 def test_edits_are_seen(sd1):
-    """What a zeroed key gets is seen as well: it keeps its place in the softmax. An excluded one gets nothing."""
+    """A zeroed key's attention is seen as well: it keeps its place in the softmax. An excluded one gets nothing."""
     memkern.patch(sd1, "zero-pad:1")
     with memkern.probe(sd1) as probe:
         images(sd1)

@@ -1,4 +1,4 @@
-"""One patched pipeline, many requests: every picture is that of a fresh pipeline alone."""
+"""One patched pipeline, many requests: every image is that of a fresh pipeline alone."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_pipelines_by_from_pipe_beside_a_patched_one(kinds, stage, run):
 
 @pytest.mark.parametrize("stage", ["embeds", "kv"])
 def test_update_while_requests_run(kinds, stage):
-    """From two threads: every picture is that of exactly one policy, and all are protected."""
+    """From two threads: every image is that of exactly one policy, and all are protected."""
     kind, policies = kinds["SD"], ["zero-pad:0.7", "zero-eot-pad", "prompt-from-eot"]
     wanted = [kind.alone(Request(policy, stage, PROMPT, 0)) for policy in policies]
     pipe = kind.make()

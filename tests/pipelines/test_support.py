@@ -1,4 +1,4 @@
-"""What cannot be patched, each with the sentence that says why."""
+"""Pipelines that cannot be patched, each with the sentence that says why."""
 
 from __future__ import annotations
 

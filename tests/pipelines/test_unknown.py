@@ -100,7 +100,7 @@ def test_recognition_is_by_value_and_policy(sd1):
 
 @torch.no_grad()
 def test_embeddings_of_the_other_branch_are_not_vouched_for(sd1, foreign):
-    """What was left alone as a negative prompt is not protected as a prompt."""
+    """A row that was left alone as a negative prompt is not protected as a prompt."""
     memkern.patch(sd1, "zero-eot")
     _, uncond = sd1.encode_prompt("a cat", CPU, 1, True, "a cat")
     with pytest.raises(memkern.UnmitigatedError, match="is edited as uncond under 'zero-eot'"):

@@ -84,7 +84,7 @@ def test_using_takes_what_patch_takes(kinds):
 
 
 def test_blocks_of_generators_that_end_in_any_order(sd1, plain):
-    """What one leaves behind is not the other's."""
+    """Nothing that one leaves behind is the other's."""
     memkern.patch(sd1, "zero-eot-pad")
 
     def request(policy):

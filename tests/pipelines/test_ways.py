@@ -10,7 +10,7 @@ LEFT = {
     "sequential offload": {"embeds": "to_k has hooks", "kv": "to_k has hooks"},
     "group offload": {"embeds": "to_k has hooks", "kv": "to_k has hooks"},
 }
-"""What is not accelerated, and what is said of it."""
+"""The ways that are not accelerated, with their messages."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What reaches the UNet: the context of the first step of a real pipeline call."""
+"""The UNet's input: the context of the first step of a real pipeline call."""
 
 from __future__ import annotations
 

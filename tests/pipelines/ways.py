@@ -30,7 +30,7 @@ POLICY = "zero-pad:0.7"
 STAGES = ("embeds", "kv")
 HERE = Path(__file__).parent
 LIBRARIES = Path(sys.prefix) / "quantized"
-"""Where `make` puts libraries that quantize."""
+"""The folder in which `make` puts libraries that quantize."""
 
 
 def as_it_is(pipe, stack):
@@ -230,7 +230,7 @@ COARSE = tuple(name for name in WAYS if "autocast" in name)
 
 @dataclass
 class Verdict:
-    """What is so of a pipeline that is run in a way.
+    """The properties of a pipeline that is run in a way.
 
     Attributes:
         protected: whether the image is that of an unpatched pipeline that is given an edited context; None where the
@@ -277,7 +277,7 @@ def verdict(make, name: str, stage: str, *, last: bool = False) -> Verdict:
 
 
 def _edited(pipe) -> dict[str, torch.Tensor]:
-    """What the patched pipeline encodes, as arguments of an unpatched one."""
+    """The patched pipeline's embeddings, as arguments of an unpatched one."""
     with memkern.patched(pipe, POLICY, accelerate=False, stage="embeds"):
         encoded = pipe.encode_prompt("a cat", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
     names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
@@ -296,7 +296,7 @@ def main() -> None:
 
 
 def pipelines():
-    """What the ways are tried with."""
+    """The pipelines on which the ways are tried."""
     tokens, merges = clip_vocabulary()
     tokenizers = {"sd1": clip_tokenizer(tokens, merges), "sd2": clip_tokenizer(tokens, merges, pad_token="!")}
     return {

@@ -33,7 +33,7 @@ WAIT = 180
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client got."""
+    """A client's reply."""
 
     status: int
     headers: dict[str, str]
@@ -62,7 +62,7 @@ def soon(condition, what, seconds=WAIT):
 
 
 class Numbers:
-    """What Prometheus reads."""
+    """The metrics as Prometheus reads them."""
 
     def __init__(self, text):
         samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
@@ -73,7 +73,7 @@ class Numbers:
         return self._values.get((name, frozenset(labels)), 0)
 
     def since(self, before, name, *labels):
-        """What it has grown by."""
+        """The growth since the start."""
         return self.of(name, *labels) - before.of(name, *labels)
 
 
@@ -188,7 +188,7 @@ class Alone:
         return self._known[policy, prompt, seed]
 
     def is_image_of(self, reply, request):
-        """Whether a reply is the image of that request, to a level of rounding."""
+        """True if a reply is the image of that request, to a level of rounding."""
         return reply.status == 200 and bool(np.abs(reply.pixels - self(request)).max() <= 1)
 
 
