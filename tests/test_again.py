@@ -67,14 +67,14 @@ def served(monkeypatch):
     """An operator that Triton would serve, with nothing found out yet."""
     monkeypatch.setattr(again, "_checked", {})
     monkeypatch.setattr(backends, "_logged", set())
-    monkeypatch.setattr(ops.Again, "_serves", lambda self, x: again._checked.get(x.device, True))
+    monkeypatch.setattr(again.Again, "_serves", lambda self, x: again._checked.get(x.device, True))
     x, a, bias, vo, out_bias, _ = sample(2, 24, 64, 2, 12)
     vo = zero_excluded(vo, bias if bias.dim() == 3 else bias.unsqueeze(1))
 
     def operator(x):
         return ops.absorbed_attention(x, a, bias, vo, out_bias, zeroed=True)
 
-    return ops.Again(a, bias, vo, out_bias, "auto"), operator, x
+    return again.Again(a, bias, vo, out_bias, "auto"), operator, x
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from operators import random_plan
 import memkern
 from memkern import ops
 from memkern.ops import backends
+from memkern.ops.again import Again
 from memkern.ops.attention import zero_excluded
 from memkern.pipelines.attention.measured import Chooser
 from memkern.testing import tiny_pipeline
@@ -238,7 +239,7 @@ def test_paths_are_timed_once_and_nothing_of_the_picture_moves(tokenizers, tmp_p
 def test_launches_are_repeated_as_they_were_compiled():
     x, a, bias, vo, _, _ = cases()["absorbed_attention"]
     vo = zero_excluded(vo, bias.unsqueeze(1))
-    repeated = ops.Again(a, bias, vo, None, "triton")
+    repeated = Again(a, bias, vo, None, "triton")
     repeated(x)
     assert repeated._launches is not None
     for _ in range(3):

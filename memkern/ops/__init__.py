@@ -6,7 +6,6 @@ device; "cpp", "cuda" and "triton" name one, and "torch" runs the reference as p
 
 from . import single  # noqa: F401  # before anything is registered
 from .absorbed_attention import absorbed_attention
-from .again import Again
 from .attention_mass import attention_mass
 from .backends import BACKENDS
 from .biased_attention import biased_attention
@@ -16,7 +15,6 @@ from .embed_tokens import embed_tokens
 
 __all__ = [
     "BACKENDS",
-    "Again",
     "absorbed_attention",
     "attention_mass",
     "biased_attention",

@@ -11,6 +11,7 @@ import torch
 
 from ... import ops
 from ...ops import cpu
+from ...ops.again import Again
 from ...ops.attention import zero_excluded
 from .layer import Images, Layer
 from .rows import Segment
@@ -188,7 +189,7 @@ def _absorbed_launches(
 ) -> tuple[Attend, int]:
     segments, dtype = tuple(source.rows.segments()), vo.dtype
     parts = [one.distinct for one in segments]
-    computes = [ops.Again(a[part], bias[part], vo[part], out_bias, backend) for part in parts]
+    computes = [Again(a[part], bias[part], vo[part], out_bias, backend) for part in parts]
 
     def attend(x: torch.Tensor, context: torch.Tensor, images: Images | None) -> torch.Tensor:
         return _finished(attn, _by_segment(segments, x.to(dtype), computes), x)
