@@ -13,7 +13,8 @@ import torch
 import memkern
 
 TESTS = Path(__file__).parents[1]
-SUITE = ["test_coalesce.py", "pipelines/test_kv.py", "pipelines/test_probe.py", "pipelines/test_equal_rows.py"]
+SUITE = ["test_coalesce.py", "pipelines/test_probe.py", "pipelines/test_equal_rows.py"]
+WHOLE = [*SUITE, "pipelines/test_kv.py"]
 POLICIES = ["none", "swap-pad-zero-eot", "zero-pad:0.7", "prompt-eot-from-pad", "ren", "guard:0.5,1"]
 
 
@@ -35,15 +36,16 @@ def test_g14_the_picture_is_the_same_under_a_default_dtype(sd1, policy):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("suite", [SUITE, pytest.param(WHOLE, marks=pytest.mark.slow)], ids=["part", "whole"])
 @pytest.mark.parametrize("default", ["bfloat16", "meta"])
-def test_g14_g15_the_suite_passes_under_other_defaults(default):
+def test_g14_g15_the_suite_passes_under_other_defaults(default, suite):
     """They are in force in memkern's own calls of torch: see tests/defaults.py."""
     environment = os.environ | {"MEMKERN_DEFAULTS": default, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-p", "defaults", "-p", "no:cacheprovider", "-x", "-k", "not sd2"]
     marks = "not (slow or interpreter or aot or host_cuda or gpu)"
     done = subprocess.run(
-        [*command, "-m", marks, *(str(TESTS / name) for name in SUITE)],
+        [*command, "-m", marks, *(str(TESTS / name) for name in suite)],
         cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

@@ -121,7 +121,7 @@ def test_captured_streams_are_left_alone(sd1, monkeypatch):
         picture(sd1)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param("torch.compile", marks=pytest.mark.slow), "in place", "repeated blocks"])
 def test_a_lora_is_scaled_in_a_graph(tokenizers, way):
     """`cross_attention_kwargs={"scale": …}`: diffusers scales layers in Python, which a graph puts off to its end."""
     pipe, plain = tiny_pipeline(tokenizers["sd1"]), tiny_pipeline(tokenizers["sd1"])

@@ -18,6 +18,17 @@ def made():
     return pipelines()
 
 
+def seldom(way, *values):
+    """Ways that compile as another one does, in another mode: they are left to `make test-slow`."""
+    is_variant = "compile" in way and (" under " in way or " in " in way)
+    return pytest.param(*values, marks=[pytest.mark.slow] if is_variant else [])
+
+
+ONCE = [name for name in WAYS if name not in (*QUANTIZED, "PAG")]
+EACH = [("SD", name) for name in ONCE] + [seldom(name, "SDXL", name) for name in ONCE]
+AFTER = [seldom(name, name) for name in WAYS if "compile" in name and "IP-Adapter" not in name]
+
+
 def holds(found, name, stage):
     said = LEFT.get(name, {}).get(stage)
     if said is None:
@@ -30,8 +41,7 @@ def holds(found, name, stage):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", [name for name in WAYS if name not in (*QUANTIZED, "PAG")])
-@pytest.mark.parametrize("family", ["SD", "SDXL"])
+@pytest.mark.parametrize(("family", "name"), EACH)
 def test_each_way(made, family, name, stage):
     holds(verdict(made[family], name, stage), name, stage)
 
@@ -54,9 +64,6 @@ def test_g13_quantized_weights_are_called():
         for name, stages in ways.items():
             for stage, one in stages.items():
                 holds(one, name, stage)
-
-
-AFTER = [name for name in WAYS if "compile" in name and "IP-Adapter" not in name]
 
 
 @pytest.mark.filterwarnings("ignore")
