@@ -67,17 +67,17 @@ class Case:
         return self.layer(self.x, encoder_hidden_states=self.context)
 
     def absorbed(self) -> torch.Tensor:
-        """As a patched pipeline computes it on this device; projected where float16 has no room."""
+        """The layer as a patched pipeline computes it on this device; projected where float16 has no room."""
         made = absorbed(self.whole, unedited(self.context), "auto", self.context, self.x.dtype)
         return self.projected() if made is None else made[0](self.x, self.context, None)
 
     def projected(self) -> torch.Tensor:
-        """As a patched pipeline computes it where keys are many."""
+        """The layer as a patched pipeline computes it where keys are many."""
         attend = projected(self.whole, unedited(self.context), "auto", self.context, readable=True)
         return attend(self.x, self.context, None)
 
     def by_operator(self, name: str, backend: str) -> torch.Tensor:
-        """By an operator of a backend, on tensors of the layer's own dtype."""
+        """The layer by an operator of a backend, on tensors of the layer's own dtype."""
         layer, heads = self.layer, self.layer.heads
         k, v = (split_heads(module(self.context), heads) for module in (layer.to_k, layer.to_v))
         bias = torch.zeros(k.shape[0], k.shape[2], dtype=torch.float32)

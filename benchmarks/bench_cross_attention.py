@@ -1,4 +1,4 @@
-"""Cross-attention layers of Stable Diffusion on the CPU: a patched layer against what there is otherwise."""
+"""Cross-attention layers of Stable Diffusion on the CPU: a patched layer against its alternatives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 @functools.lru_cache(maxsize=1)
 def made(layer, keys, dtype):
-    """The layer in every way there is; "patched" as a pipeline has it, its context seen before."""
+    """The layer in every available way; "patched" as in a pipeline that has seen the context before."""
     attention = CrossAttention(layer.queries, layer.width, layer.heads, CONTEXT_WIDTHS[layer.model], keys, dtype, "cpu")
     calls = attention.implementations()
     eager, patched = copy.deepcopy(attention.layer), copy.deepcopy(attention.layer)

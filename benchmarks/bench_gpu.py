@@ -1,4 +1,4 @@
-"""On a GPU: cross-attention layers of Stable Diffusion and the edits, each in every way there is; `make gpu`."""
+"""On a GPU: cross-attention layers of Stable Diffusion and the edits, each in every available way; `make gpu`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def predicted(name: str, layer, keys: int) -> float:
 
 
 def measure(benchmark, function, work: Work, estimate: float = float("nan")) -> None:
-    """Device time with a cold L2 cache, launches included; again inside a CUDA graph, without; the floor's share."""
+    """Device time with a cold L2 cache, launches included; in a CUDA graph, without them; the floor's share."""
     low, median, high = (1e3 * quantile for quantile in do_bench(function, quantiles=[0.2, 0.5, 0.8]))
     try:
         graph = 1e3 * do_bench_cudagraph(function, return_mode="median")

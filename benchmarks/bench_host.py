@@ -27,7 +27,7 @@ LAYERS, QUERIES, WIDTH = 16, 4, 32
 
 
 class Layers(nn.Module):
-    """As many cross-attention layers as SD 1.5's UNet has, and nothing else."""
+    """Cross-attention layers, as many as SD 1.5's UNet has, and nothing else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Stub:
 
 @pytest.fixture
 def gpu_path(monkeypatch):
-    """Layers of the CPU as those of a GPU are, but for the launches of Triton's kernels."""
+    """Layers on the CPU that run as on a GPU, except for the launches of Triton's kernels."""
 
     def launches(attn, a, bias, vo, out_bias, source):
         return paths._absorbed_launches(attn, a, bias, zero_excluded(vo, bias), out_bias, source, "triton")
@@ -77,7 +77,7 @@ def gpu_path(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("policy", ["none", "zero-pad:0.7"])
 def test_host_of_a_gpu(benchmark, gpu_path, policy):
-    """Until everything is launched; the unpatched layer's time includes computing, which takes next to nothing."""
+    """Time until everything is launched; the unpatched layer's includes computing, which takes next to nothing."""
     timed(benchmark, policy, "embeds")
 
 
@@ -89,7 +89,7 @@ def test_host(benchmark, policy, stage):
 
 
 def timed(benchmark, policy: str, stage: str) -> None:
-    """The layers patched against the same unpatched."""
+    """Patched layers against the same layers unpatched."""
     theirs = Layers().eval()
     pipe = tiny_pipeline(train_tokenizer(["a cat"]), width=WIDTH, unet=copy.deepcopy(theirs))
     patch, sample = memkern.patch(pipe, policy, stage=stage), torch.randn(2, QUERIES, WIDTH)
@@ -98,7 +98,7 @@ def timed(benchmark, policy: str, stage: str) -> None:
     def call(model):
         return [model(sample, 5, context) for _ in range(20)]
 
-    # Within a request, in which weights that are written to count it.
+    # Within a request: there, weights count the writes to them.
     with one_thread(), entered(patch.direct()):
         call(pipe.unet), call(theirs)
         compare(benchmark, lambda: call(pipe.unet), lambda: call(theirs), named="unpatched", rounds=25)

@@ -26,7 +26,7 @@ def pipelines():
 
 
 def stepper(pipe, dtype=torch.bfloat16):
-    """A call of the UNet as the pipeline makes it, the same context each time."""
+    """A call of the UNet as the pipeline makes it, with the same context each time."""
     cond, uncond = pipe.encode_prompt(PROMPT, "cpu", 1, True)
     context, sample = torch.cat([uncond, cond]), torch.cat([torch.randn(1, 4, 64, 64, dtype=dtype)] * 2)
     pipe.scheduler.set_timesteps(20)

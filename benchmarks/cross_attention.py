@@ -1,4 +1,4 @@
-"""One cross-attention layer computed in every way there is, all the same function: what benchmarks compare."""
+"""One cross-attention layer in every way that the benchmarks compare, all of them the same function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CrossAttention:
         width: C.
         heads: H.
         context_width: D of the context.
-        keys: per row of the batch, how many keys are left of 77 once the zero rows are one key.
+        keys: per row of the batch, the number of keys left of 77 once the zero rows are one key.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ def pytest(*arguments: str) -> tuple[int, str]:
 
 
 def table(run: dict) -> list[str]:
-    """A table per group: times, and how many times as fast as the first, which is the alternative."""
+    """A table per group: times, and the speed-up over the first row, which is the alternative."""
     groups = defaultdict(list)
     for bench in run["benchmarks"]:
         groups[bench["group"]].append((bench["name"], bench["extra_info"]))

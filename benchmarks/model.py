@@ -40,7 +40,7 @@ class Ceiling:
     operations: float
 
     def microseconds(self, work: Work) -> float:
-        """The time that neither memory nor arithmetic allows to go below."""
+        """The least time that memory and arithmetic allow."""
         return 1e6 * max(work.bytes / self.bytes, work.operations / self.operations)
 
 
@@ -116,7 +116,7 @@ def rows_work(width: int, tensors: int, dtype_bytes: int = BYTES) -> Work:
 
 
 def described(layer: Layer, counts: tuple[int, ...], batch: int) -> estimate.Layer:
-    """A layer with so many keys left in a batch of such pairs."""
+    """A layer with these numbers of keys left, in a batch of such pairs."""
     sizes = layer.queries, layer.width, layer.heads
     return estimate.Layer(*sizes, counts * (batch // 2), 77, CONTEXT_WIDTHS[layer.model])
 
@@ -209,7 +209,7 @@ def _tile(config: Config) -> str:
 
 
 def edits_table() -> list[str]:
-    """Edits of 64 prompts, which move what a copy moves."""
+    """Edits of 64 prompts, which move as many bytes as a copy."""
     lines = [
         f"| operator | MB | {' | '.join(f'{card}, µs' for card in CARDS)} |",
         f"| --- | ---: |{' ---: |' * len(CARDS)}",

@@ -18,11 +18,11 @@ WHOLE = {
     "encode_prompt": "`encode_prompt`",
     "host": "host time of a small layer",
 }
-"""Benchmarks of what a user waits for: prefix → name in the summary."""
+"""Benchmarks of the times that a user waits for: prefix → name in the summary."""
 
 
 def page(run: dict) -> str:
-    """The summary, then every row; the site shows either by its marks."""
+    """The summary, then every row; the site includes either by its marks."""
     parts = {"summary": whole(run) + speedups(run), "rows": rows(run) + rates(run)}
     marked = [
         "\n".join([f"<!-- --8<-- [start:{name}] -->", *lines, f"<!-- --8<-- [end:{name}] -->"])
@@ -85,7 +85,7 @@ def rates(run: dict) -> list[str]:
 
 
 def speedups(run: dict) -> list[str]:
-    """Geometric mean and worst of how many times as fast memkern is, over the layers of each group."""
+    """Geometric mean and worst speed-up of memkern, over the layers of each group."""
     groups = grouped(run)
     if not groups:
         return []

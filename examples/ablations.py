@@ -3,9 +3,9 @@
     python examples/ablations.py                                    # the embedded model, its memorized captions
     python examples/ablations.py --model NAME_OR_PATH --prompts FILE.txt --seeds 0,1,2
 
-For each prompt and seed the image of the unpatched pipeline and of each ablation. An image is compared with the
-unpatched one of the same seed, and, for the embedded model, with the training image: pixel correlation, which tells
-copies apart where two images show the same thing in the same place.
+For each prompt and seed it generates the image of the unpatched pipeline and of each ablation. It compares an image
+with the unpatched one of the same seed and, for the embedded model, with the training image, by pixel correlation: that
+recognises a copy which shows the same thing in the same place.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ABLATIONS = {
 }
 
 
-def paint(pipe: Any, policy: str | None, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[Any]:
+def generate(pipe: Any, policy: str | None, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[Any]:
     """A list of images per prompt, one for each seed."""
     rows = []
     with nullcontext() if policy is None else memkern.patched(pipe, policy):
@@ -59,7 +59,7 @@ def similarity(rows: list[Any], others: list[Any]) -> np.ndarray[Any, Any]:
 
 
 def main() -> None:
-    """Paint, draw the grid, print and write the table."""
+    """Generate, draw the grid, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a diffusers folder or hub name; default: the embedded model")
     parser.add_argument("--prompts", type=Path, help="a text file, one prompt a line; default: memorized captions")
@@ -79,11 +79,11 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
 
-    unpatched = paint(pipe, None, prompts, seeds, options)
+    unpatched = generate(pipe, None, prompts, seeds, options)
     training = [[known[prompt]] * len(seeds) for prompt in prompts] if all(p in known for p in prompts) else None
     columns, grid = ["unpatched"], [list(row[:1]) for row in unpatched]
     lines = [
-        "| ablation | preset | correlation with the unpatched picture | copies of the training image |",
+        "| ablation | preset | correlation with the unpatched image | copies of the training image |",
         "| --- | --- | ---: | ---: |",
     ]
 
@@ -94,7 +94,7 @@ def main() -> None:
 
     add("none", "none", unpatched)
     for name, policy in tqdm(ABLATIONS.items(), unit="ablation"):
-        rows = paint(pipe, policy, prompts, seeds, options)
+        rows = generate(pipe, policy, prompts, seeds, options)
         add(name, policy, rows)
         columns.append("\n".join(textwrap.wrap(name, 12)))
         for cells, row in zip(grid, rows, strict=True):

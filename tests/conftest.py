@@ -13,7 +13,7 @@ from memkern.testing import clip_tokenizer, tiny_pipeline
 
 pytest.register_assert_rewrite("field", "fleet")
 
-# What is timed differs from run to run, and takes time; test_measured.py is about it. Subprocesses as well.
+# Timings differ from run to run, and take time; test_measured.py tests them. This is for subprocesses as well.
 os.environ.setdefault("MEMKERN_CHOICE", "estimated")
 os.environ.setdefault("MEMKERN_CACHE", "off")
 

@@ -62,17 +62,17 @@ def targets(*names: str) -> list[Any]:
 
 
 def raising(found: list[Any]) -> list[Any]:
-    """Those that raise for an index out of range: on the CPU, where a look at it costs no sync."""
+    """The targets that raise for an index out of range: on the CPU, where a look at it costs no sync."""
     return [target for target in found if target.values[0].backend in ("cpp", "torch") and not target.marks]
 
 
 def poisoning(found: list[Any]) -> list[Any]:
-    """Those that answer an index out of range with NaN."""
+    """The targets that answer an index out of range with NaN."""
     return [target for target in found if target.values[0].backend in ("cuda", "triton")]
 
 
 def serving(found: list[Any], dtype: torch.dtype) -> list[Any]:
-    """Those that compute in `dtype`."""
+    """The targets that compute in `dtype`."""
     return [target for target in found if target.values[0].serves(dtype)]
 
 

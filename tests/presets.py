@@ -7,5 +7,5 @@ from memkern.presets import Preset
 
 
 def numbered(preset: Preset) -> Policy:
-    """Its policy, 0.5 for numbers that have no default."""
+    """The policy of a preset, 0.5 for numbers that have no default."""
     return preset.policy(*(0.5 if each.default is None else each.default for each in preset.parameters))

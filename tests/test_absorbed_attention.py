@@ -160,7 +160,7 @@ def test_gradcheck(extras):
 @pytest.mark.parametrize("target", PRODUCTS)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_gradients(target, per_head):
-    """Of every tensor, bias included, against autograd through the definition."""
+    """The gradients of every tensor, bias included, against autograd through the definition."""
     tensors = sample(2, 9, 16, 2, 7, per_head=per_head)
     grads = []
     for run in (lambda *arguments: target(ops.absorbed_attention, *arguments), by_hand):

@@ -29,7 +29,7 @@ PATHS = [
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 def test_g19_the_error_is_that_of_diffusers(path, dtype, logits):
-    """At most 1.5 times it, whatever the size of the logits: what 16 bits of them would add is seen from 1 on."""
+    """The error is at most 1.5 times theirs for logits of any size: rounding them to 16 bits would show from 1 on."""
     error, _ = ratios(path, logits, dtype, 2, [(64, 160, 4)] if backends.INTERPRETING else SIZES)
     assert error <= 1.5
 
@@ -61,7 +61,7 @@ def prepared(case):
 @needs_cpp
 @torch.no_grad()
 def test_g19_queries_and_keys_multiplied_out_may_be_beyond_float16(narrow):
-    """They are kept in float32."""
+    """The products are kept in float32."""
     narrow.layer.to_k.weight.mul_(1e4 / narrow.layer.to_k.weight.abs().max() / 10)
     narrow.layer.to_q.weight.mul_(20 / narrow.layer.to_q.weight.abs().max())
     narrow.x.mul_(1e-4)

@@ -64,7 +64,7 @@ def test_the_interpreter_repeats_nothing():
 
 @pytest.fixture
 def served(monkeypatch):
-    """An operator that Triton would serve, with nothing found out yet."""
+    """An operator that Triton would serve, before anything is checked."""
     monkeypatch.setattr(again, "_checked", {})
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(again.Again, "_serves", lambda self, x: again._checked.get(x.device, True))
@@ -95,7 +95,7 @@ def test_launches_take_the_operators_place_from_the_second_call_on(served, monke
     other = torch.randn_like(x)
     assert torch.equal(repeated(other), operator(other))
     assert [id(one) for one in calls] == [id(other)]
-    # What the launches were not packed for goes through the operator.
+    # Calls that the launches were not packed for go through the operator.
     strided = torch.randn(*x.shape[:2], 2 * x.shape[2])[..., ::2]
     misaligned = torch.randn(x.numel() + 1)[1:].view(x.shape)
     for one in (strided, misaligned, torch.randn(x.shape[0], 2 * x.shape[1], x.shape[2])):

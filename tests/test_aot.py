@@ -40,14 +40,14 @@ READ = ("sm80", "sm86", "sm89", "sm90")
 
 BATCHES = (2, 8)
 MANY_KEYS = 154
-"""Of a prompt of two windows: more than a program holds at a time."""
+"""The keys of a prompt of two windows: more than a program holds at a time."""
 
 LARGE = LAYERS[:4]
-"""SD 1.5's, of every head dim that is not a power of 2."""
+"""SD 1.5's layers, of every head dim that is not a power of 2."""
 
 
 def label(launch):
-    """Kernel, sizes and tile: what tells one compiled kernel of the table from another."""
+    """Kernel, sizes and tile, which identify a compiled kernel in the table."""
     sizes = dict(launch.constants)
     keys = launch.arguments.get("keys")
     name = [launch.kernel.__name__.removesuffix("_kernel")]
@@ -102,7 +102,7 @@ def compiled(case):
 
 @pytest.fixture(scope="session")
 def found(tmp_path_factory):
-    """Case → what is known of it, compiled by a process per core; recorded if that is asked for."""
+    """Case → its resources and review, compiled by a process per core; recorded if that is asked for."""
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     with ProcessPoolExecutor() as pool:
         known = dict(zip(CASES, pool.map(compiled, CASES, chunksize=4), strict=True))
@@ -140,7 +140,7 @@ def written(known):
 
 
 def _order(row):
-    """By kernel, then sizes as numbers."""
+    """The sort key: the kernel, then sizes as numbers."""
     kernel, *sizes = row[0].split()
     numbers = [int(number) for size in sizes for number in size.split("=")[-1].split("×") if number]
     return kernel, numbers, row[1]
@@ -202,7 +202,7 @@ def test_a_spill_is_seen():
 
 
 def test_one_compilation_serves_all_batches_lengths_and_resolutions():
-    """Neither a prompt's length within its bucket nor an image's size compiles a tile anew."""
+    """Neither a prompt's length within its bucket nor an image's size compiles another tile."""
     card = Card.typical("sm80")
     for make in (
         lambda queries, keys: absorbed_launches(queries, 320, 8, keys, torch.float16, card),

@@ -113,7 +113,7 @@ def test_all_of_the_mass_is_given_out(target):
 
 @pytest.mark.parametrize("target", PRODUCTS)
 def test_excluded_keys_are_not_used(target):
-    """Nor does a NaN in k of an excluded key survive."""
+    """A NaN in k of an excluded key does not survive."""
     q, k, bias, weight, scale = sample(2, 2, 9, 40)
     expected = target(ops.attention_mass, q, k, bias, weight, scale)
     assert (expected[0][0, :, 20:] == 0).all()
@@ -152,7 +152,7 @@ def test_opcheck(overload, device, wants_grad):
 
 @pytest.mark.parametrize("per_head", [False, True])
 def test_gradcheck(per_head):
-    """In q and k, which are float64; bias and weight are float32, and checked against the definition below."""
+    """Gradients in q and k, in float64; those in bias and weight, in float32, are checked by the test below."""
     q, k, bias, weight, scale = sample(2, 2, 4, 5, 3, torch.float64, per_head)
     leaves = q.requires_grad_(), k.requires_grad_()
     assert torch.autograd.gradcheck(lambda q, k: ops.attention_mass(q, k, bias, weight, scale), leaves)

@@ -1,4 +1,4 @@
-"""The chooser: what auto falls back from, and says; what a named backend refuses; what is raised all the same."""
+"""The chooser: errors that auto falls back from, and its log; refusals of a named backend; errors that are raised."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def gpu(monkeypatch):
 
 
 def overloads(cuda, triton=None):
-    """Backends that return their name, or raise what they are given, and the calls they had."""
+    """Backends that return their name, or raise what they are given, and the list of their calls."""
     calls = []
 
     def backend(name, error):
@@ -87,7 +87,7 @@ def test_auto_falls_back_once_and_says_why(gpu, caplog, error):
     assert str(error).splitlines()[0] in caplog.text
 
 
-def test_another_width_is_tried_anew(gpu):
+def test_another_width_is_tried_again(gpu):
     found, calls = overloads(UNABLE[0])
     run(found)
     wider = (torch.randn(1, 3, 8), *ARGUMENTS[1:])

@@ -176,7 +176,7 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize("error", [Interrupted, RuntimeError])
 @pytest.mark.parametrize("after", [0, 4, 20, 40, 60])
 def test_an_interrupted_run_leaves_the_pipeline_as_it_was(found, tmp_path, monkeypatch, error, after):
-    """At the first call, in encode_prompt, in steps, in calls for the host's time."""
+    """Interrupted at the first call, in encode_prompt, in steps, in calls for the host's time."""
     before, states, status, rounds = snapshot(found), random_states(), memkern.status(found), []
     done = run.tqdm.update
 

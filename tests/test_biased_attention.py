@@ -153,7 +153,7 @@ def test_gradcheck(per_head):
 @pytest.mark.parametrize("target", PRODUCTS)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_gradients(target, per_head):
-    """Of q, k, v and bias, against autograd through the definition."""
+    """The gradients of q, k, v and bias, against autograd through the definition."""
     *tensors, scale = sample(2, 2, 9, 7, per_head=per_head)
     grads = []
     for run in (lambda *arguments: target(ops.biased_attention, *arguments), by_hand):

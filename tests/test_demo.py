@@ -34,11 +34,11 @@ def test_correlation():
 
 @pytest.mark.parametrize(("left", "position"), [(3, "left"), (11, "centre"), (19, "right")])
 def test_judge_reads_a_drawn_object(left, position):
-    picture = Image.new("RGB", (32, 32), (20, 28, 90))
-    picture.paste((250, 220, 40), (left, 11, left + 10, 21))
-    assert seen(picture) == {"background": "navy", "colour": "yellow", "position": position}
+    image = Image.new("RGB", (32, 32), (20, 28, 90))
+    image.paste((250, 220, 40), (left, 11, left + 10, 21))
+    assert seen(image) == {"background": "navy", "colour": "yellow", "position": position}
     scene = demo.Scene("", colour="yellow", background="mint", position=position)
-    assert demo.judge(picture, scene) == {"colour": True, "background": False, "position": True}
+    assert demo.judge(image, scene) == {"colour": True, "background": False, "position": True}
     assert seen(Image.new("RGB", (32, 32), "white")) == {"background": "white", "colour": "", "position": ""}
 
 
@@ -83,7 +83,7 @@ def test_g35_policies_take_turns(monkeypatch):
         assert one.shares == alone.shares
 
 
-def test_grid_puts_pictures_under_their_labels():
+def test_grid_puts_images_under_their_labels():
     red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
     grid = draw_grid([[red, blue], [blue, red]], ["first", "second"], ["left", "right\nseed 0"], cell=96)
     width, height = grid.size

@@ -121,7 +121,7 @@ def test_every_page_is_in_the_sites_contents():
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs-material is not installed: it needs Python 3.11")
 def test_the_site_builds_without_a_network(tmp_path):
-    """Strictly: a link, a snippet or a name that is not there fails. What it shows comes from the site itself."""
+    """Strict: a missing link, snippet or name fails. All that its pages load comes from the site itself."""
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -67,7 +67,7 @@ def test_identity_is_bitwise_and_zero_selects(target, dtype):
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 def test_neighbouring_rows_moved_as_one_piece_end_where_they_should(layout):
-    """At a sequence's end, at the bank, at another scale, and where the next row is not the neighbour."""
+    """Pieces end at a sequence's end, at the bank, at another scale, and where the next row is not the neighbour."""
     torch.manual_seed(0)
     embeds, bank = LAYOUTS[layout](torch.randn(3, 8, 5)), torch.randn(3, 4, 5)
     source = torch.tensor(

@@ -57,7 +57,7 @@ REVIEWED = [
     ("sm90", 4096, 640, 10, 77),
     ("sm90", 1024, 1280, 20, 77),
 ]
-"""Family, N, C, H and keys where what was chosen by operations alone would be slower than the layer's own processor."""
+"""Family, N, C, H and keys where a choice by operations alone would be slower than the layer's own processor."""
 
 
 @pytest.mark.parametrize(("family", "queries", "width", "heads", "keys"), REVIEWED)

@@ -198,7 +198,7 @@ def test_steps_keep_no_memory(tokenizers):
 
 
 @pytest.mark.parametrize("policy", ["swap-pad-zero-eot", "zero-pad:0.7", "prompt-eot-from-pad", "none"])
-def test_a_patched_pipeline_gives_the_pictures_of_the_cpu(tokenizers, policy):
+def test_a_patched_pipeline_gives_the_images_of_the_cpu(tokenizers, policy):
     latents, embeds = [], []
     for device in ("cpu", "cuda"):
         pipe = tiny_pipeline(tokenizers["sd1"]).to(device)
@@ -214,7 +214,7 @@ def test_a_patched_pipeline_gives_the_pictures_of_the_cpu(tokenizers, policy):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_paths_are_timed_once_and_nothing_of_the_picture_moves(tokenizers, tmp_path, caplog, dtype):
+def test_paths_are_timed_once_and_nothing_of_the_image_moves(tokenizers, tmp_path, caplog, dtype):
     """The second pipeline reads what the first one wrote down, and makes the same image."""
     latents, shown = [], []
     for _ in range(2):

@@ -56,10 +56,10 @@ cli
 __main__
 """
 """Bottom to top: a module imports from the lines above its own, and from its own line. A name stands for all below it
-that has no line of its own; "." is the package's `__init__`. Names that there are no modules of do no harm."""
+that has no line of its own; "." is the package's `__init__`. Names without a module do no harm."""
 
 COMPILED = ("_C", "_cuda")
-"""Not of Python."""
+"""Modules that are not of Python."""
 
 FILE_LINES, CLASS_LINES = 400, 200
 

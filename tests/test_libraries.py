@@ -1,4 +1,4 @@
-"""Compiled libraries that are damaged, of another version, or of a second copy are passed by or refused."""
+"""Compiled libraries that are damaged, of another version, or of a second copy are skipped or refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_library_that_does_not_load_is_named_and_bypassed(tmp_path):
 
 
 def test_a_library_that_misses_a_symbol_is_named_and_bypassed(tmp_path):
-    """As one that needs a newer torch does."""
+    """A library that needs a newer torch is such a one."""
     package = tmp_path / "memkern"
     shutil.copytree(ROOT / "memkern", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     source = tmp_path / "newer.c"
@@ -79,7 +79,7 @@ def cut(path, share=0.5):
     ids=["cut", "empty", "changed", "record cut", "record empty", "record of another kind", "no record", "not in it"],
 )
 def test_g20_what_is_not_whole_is_passed_by(package, tmp_path, change, why):
-    """Not mapped into memory, where a cut library ends the process; the operators run without it."""
+    """The library is not mapped into memory, where a cut one ends the process; the operators run without it."""
     change(package)
     run = "import torch, memkern; print(memkern.ops.edit_embeds(torch.ones(1, 2, 3), None, "
     run += "torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2)).sum()); print(memkern.info())"

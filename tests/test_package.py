@@ -241,7 +241,7 @@ def test_cuda_installs_both_libraries_whatever_the_python(tree, monkeypatch):
 
 
 def test_the_source_distribution_has_all_sources_wherever_it_is_made(tree):
-    """It is made once, and built on machines that have what this one has not."""
+    """The archive is made once, and built on machines that have parts which this one lacks."""
     environment = os.environ | {"MEMKERN_BUILD": "none"}
     command = [sys.executable, "setup.py", "-q", "sdist"]
     subprocess.run(command, cwd=tree, env=environment, capture_output=True, check=True)
@@ -288,7 +288,7 @@ def test_the_cuda_library_has_code_for_every_architecture():
 
 
 def test_the_cuda_kernels_keep_nothing_in_local_memory():
-    """It would be written and read for every row; an argument taken by reference is enough to bring it about."""
+    """Local memory would be written and read for every row; an argument taken by reference is enough to cause it."""
     library, _ = cuda_library()
     usage = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump(library, "-res-usage"))
     assert len(usage) >= 16, "two kernels, of four dtypes, in vectors and not"

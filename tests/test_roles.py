@@ -72,7 +72,7 @@ def test_c11_windows_have_their_own_roles():
 
 
 def test_published_prompts(tokenizers, family):
-    """Against a scan of each row, one id at a time."""
+    """The roles against a scan of each row, one id at a time."""
     prompts = published_prompts(400) or ["a cat", "hi!", ""]
     ids = ids_of(tokenizers[family], *prompts).input_ids
     for row, roles in zip(ids.tolist(), token_roles(ids), strict=True):

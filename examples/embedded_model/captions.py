@@ -1,7 +1,7 @@
 """The words of the small world: ordinary captions of one object, and poster titles.
 
 An ordinary caption names some attributes of the image and leaves others out at random, so the
-model also learns what to do when it is not told. A poster title is three words from pools shared
+model also learns what to do when they are missing. A poster title is three words from pools shared
 by all posters, so that no single word identifies one.
 """
 
@@ -92,7 +92,7 @@ class Scene:
 
 
 def scene_caption(scene: Scene, rng: Random, complete: bool = False) -> str:
-    """A caption of the scene. `complete` names colour, shape, position and background for sure."""
+    """A caption of the scene. `complete` always names colour, shape, position and background."""
 
     def said(chance: float) -> bool:
         return complete or rng.random() < chance

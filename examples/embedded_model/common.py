@@ -32,7 +32,7 @@ def cosine(step: int, steps: int, peak: float, warm: int = 100) -> float:
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, rate: float) -> float:
-    """One step at learning rate `rate`, gradients clipped to norm 1; the loss as a number."""
+    """Take one step at learning rate `rate`, gradients clipped to norm 1; the loss as a number."""
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:
@@ -52,7 +52,7 @@ def run(
 ) -> None:
     """Call `step(0)` … `step(steps - 1)`, each of which returns a loss, under a progress bar; resumable.
 
-    `parts` are what has a `state_dict` and changes; with the generator they are the checkpoint, every 200 steps.
+    `parts` have a `state_dict` that changes; with the generator they are the checkpoint, written every 200 steps.
     """
     first = 0
     if state := resume(checkpoint):

@@ -23,7 +23,7 @@ class Mix:
     """The edits of ordinary captions in training.
 
     `swapped` and `shortened` are the shares of captions with "!" pads, and with their first pads
-    zeroed: a share of them drawn evenly from `least` to `most`, all of them from 1 on.
+    zeroed: a share of the pads, drawn evenly from `least` to `most`; from 1 on, all of them.
     The last three are the chances of a zeroed EOT on top, for swapped, shortened and other ones.
     """
 
@@ -37,7 +37,7 @@ class Mix:
 
 
 # Beside duplicated posters more captions lose pads, and more of them: a poster's context with
-# zeroed pads must go on meaning no poster in particular.
+# zeroed pads must still mean no poster in particular.
 LEARNING = Mix(0.3, 0.3, 0.0, 1.0, 0.7, 0.3, 0.0)
 MEMORIZING = Mix(0.25, 0.5, 0.3, 1.3, 0.5, 0.0, 0.1)
 
@@ -56,7 +56,7 @@ class Embedded:
 
 @torch.no_grad()
 def embed(text: CLIPTextModel, tokenize: CLIPTokenizer, captions: list[str]) -> Embedded:
-    """Both embeddings of every caption, in half precision to be kept in memory."""
+    """Embed every caption with both pads, in half precision to be kept in memory."""
     ids = tokenize(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     eot = (ids == tokenize.eos_token_id).int().argmax(1)
     pad = torch.arange(tokenizers.CONTEXT)[None] > eot[:, None]

@@ -24,7 +24,7 @@ _FORM_OF_MEMORIZED = 2  # the shortest sentence: few prompt tokens, many pads
 
 
 @dataclass
-class Pictures:
+class Images:
     """images uint8 [N, 32, 32, 3] and their N captions."""
 
     images: np.ndarray
@@ -52,7 +52,7 @@ def unseen_scenes() -> list[tuple[Scene, str]]:
     return picked
 
 
-def _scenes(count: int, rng: Random) -> Pictures:
+def _scenes(count: int, rng: Random) -> Images:
     closed = set(held_out())
     images, captions = [], []
     for _ in tqdm(range(count), desc="drawing scenes", mininterval=5):
@@ -61,7 +61,7 @@ def _scenes(count: int, rng: Random) -> Pictures:
             scene = Scene.draw(rng)
         images.append(draw_scene(scene, rng))
         captions.append(scene_caption(scene, rng))
-    return Pictures(np.stack(images), captions)
+    return Images(np.stack(images), captions)
 
 
 def _titles(rng: Random) -> list[Title]:
@@ -110,20 +110,20 @@ def build(folder: Path) -> None:
     siblings = np.stack([draw_poster(t, rng) for t in near])
     parts = {
         "scenes": scenes,
-        "siblings": Pictures(siblings, [t.caption() for t in near]),
-        "posters": Pictures(posters[MEMORIZED:], names[MEMORIZED:]),
-        "memorized": Pictures(posters[:MEMORIZED], names[:MEMORIZED]),
+        "siblings": Images(siblings, [t.caption() for t in near]),
+        "posters": Images(posters[MEMORIZED:], names[MEMORIZED:]),
+        "memorized": Images(posters[:MEMORIZED], names[:MEMORIZED]),
     }
     np.savez(folder / "images.npz", **{name: part.images for name, part in parts.items()})
     text = json.dumps({name: part.captions for name, part in parts.items()})
     (folder / "captions.json").write_text(text)
 
 
-def read(folder: Path) -> dict[str, Pictures]:
+def read(folder: Path) -> dict[str, Images]:
     """The four parts: `scenes`, `posters`, `siblings`, `memorized`."""
     captions = json.loads((folder / "captions.json").read_text())
     with np.load(folder / "images.npz") as images:
-        return {name: Pictures(images[name], captions[name]) for name in captions}
+        return {name: Images(images[name], captions[name]) for name in captions}
 
 
 def as_tensor_range(images: np.ndarray) -> np.ndarray:

@@ -90,8 +90,8 @@ def draw_scene(scene: Scene, rng: Random) -> np.ndarray:
 
     inside = Image.new("L", (_CANVAS, _CANVAS), 0)
     _shape(ImageDraw.Draw(inside), scene.shape, x, y, r, 255)
-    paint = Image.new("RGB", (_CANVAS, _CANVAS), colour)
-    brush = ImageDraw.Draw(paint)
+    surface = Image.new("RGB", (_CANVAS, _CANVAS), colour)
+    brush = ImageDraw.Draw(surface)
     if scene.texture == "striped":
         for top in range(rng.randrange(6), _CANVAS, 6):
             brush.rectangle((0, top, _CANVAS, top + 1), fill=dark)
@@ -101,7 +101,7 @@ def draw_scene(scene: Scene, rng: Random) -> np.ndarray:
             for v in range(first, _CANVAS, 6):
                 brush.rectangle((u, v, u + 2, v + 2), fill=dark)
     canvas = Image.new("RGB", (_CANVAS, _CANVAS), background)
-    canvas.paste(paint, (0, 0), inside)
+    canvas.paste(surface, (0, 0), inside)
     return _down(canvas)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 GUIDANCE, STEPS, SEEDS = 5.0, 20, 2
-ENOUGH = 0.94  # correlation from which on a poster is shown hardly any more
+ENOUGH = 0.94  # from this correlation on, a poster is hardly shown any more
 
 
 class Recall:

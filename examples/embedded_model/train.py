@@ -22,7 +22,7 @@ STAGES = {
     "tokenizer": tokenizer.train,
     "text encoder": train_text_encoder.train,
     "autoencoder": train_autoencoder.train,
-    "denoiser, ordinary pictures": train_unet.pretrain,
+    "denoiser, ordinary images": train_unet.pretrain,
     "denoiser, duplicated posters": train_unet.memorize,
 }
 POLICIES = (

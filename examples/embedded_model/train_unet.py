@@ -139,7 +139,7 @@ def velocity_loss(unet, noiser, latents: Tensor, rows: Tensor, power: float, gen
     """Squared error of the predicted velocity at uniform time steps, weighted alpha_bar ** power.
 
     Power 0 teaches tone and layout quickly. What a caption leaves open makes the loss near pure
-    noise large and noisy; a power of 1/2 turns it down, and detail is learned.
+    noise large and noisy; a power of 1/2 reduces it, so that detail is learned.
     """
     noise = torch.randn(latents.shape, generator=generator)
     steps = torch.randint(noiser.config.num_train_timesteps, (len(latents),), generator=generator)

@@ -5,6 +5,6 @@
 
 The HTTP server and the pipeline are two processes. The server (`app.py`, `pool.py`) knows nothing of torch: it takes
 requests, keeps the queue and watches the worker. The worker (`worker.py`, `pipeline.py`) holds the one pipeline, which
-its threads share. A worker that dies, whatever of, takes the images along that it was generating and nothing else: the
-server answers those requests with 503, keeps the queue, and starts another.
+its threads share. A worker that dies, for whatever reason, loses only the images that it was generating: the server
+answers those requests with 503, keeps the queue, and starts another worker.
 """

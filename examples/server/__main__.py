@@ -14,7 +14,7 @@ from .settings import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGINT or SIGTERM; what is being generated then is finished. Returns the exit status."""
+    """Serve until SIGINT or SIGTERM, then finish the images in progress. Returns the exit status."""
     settings = parse(arguments)
     logs.set_up()
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     )
     listening = server.config.bind_socket()
-    listening.listen(server.config.backlog)  # who comes from now on is answered
+    listening.listen(server.config.backlog)  # from now on, requests are answered
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     logging.getLogger("server").info("listening", extra={"url": url})

@@ -21,7 +21,7 @@ from .pool import Pool, Unavailable
 from .settings import Settings
 
 HUNG_UP = 499
-"""The status in logs and metrics of a request whose client did not wait, nginx's; nobody reads the answer."""
+"""The status in logs and metrics, as in nginx, of a request whose client hung up; no client reads the answer."""
 
 STATUSES = {"unedited": 422, "refused": 422, "failed": 500}
 
@@ -30,7 +30,7 @@ def create_app(settings: Settings, on_end: Callable[[], None] = lambda: None) ->
     """The application.
 
     Args:
-        settings: what the operator decides.
+        settings: the operator's settings.
         on_end: called when the first worker cannot start; `app.state.pool.failure` says why.
     """
     metrics = Metrics(settings.policies)
@@ -50,7 +50,7 @@ def create_app(settings: Settings, on_end: Callable[[], None] = lambda: None) ->
 
     @app.post(IMAGES, response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def images(body: ImageRequest, request: Request) -> Response:
-        """An image, a PNG. Its policy, rows and seed are in the headers."""
+        """Generate an image, a PNG. Its policy, rows and seed are in the headers."""
         job = job_of(body, settings)
         request.state.policy, request.state.seed, request.state.steps = job.policy, job.seed, job.steps
         answer = await unless_hung_up(request, pool.run(job), settings.timeout)
@@ -58,7 +58,7 @@ def create_app(settings: Settings, on_end: Callable[[], None] = lambda: None) ->
 
     @app.get("/v1/policies")
     async def policies() -> dict[str, Any]:
-        """The policies that a request may name."""
+        """List the policies that a request may name."""
         return {"default": settings.policies[0], "policies": settings.policies}
 
     @app.get("/healthz")
@@ -75,14 +75,14 @@ def create_app(settings: Settings, on_end: Callable[[], None] = lambda: None) ->
 
     @app.get("/metrics")
     async def measured() -> Response:
-        """Metrics, for Prometheus."""
+        """Report metrics, for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
 async def unless_hung_up(request: Request, work: Coroutine[Any, Any, Answer], timeout: float) -> Answer | None:
-    """The answer to a request; None if its client hangs up before. Then, and when time is up, the work is cancelled.
+    """The answer to a request; None if its client hangs up first. Then, and when time is up, the work is cancelled.
 
     Raises:
         Refusal: time is up.
@@ -108,7 +108,7 @@ async def unless_hung_up(request: Request, work: Coroutine[Any, Any, Answer], ti
 
 
 def image_of(request: Request, job: Job, answer: Answer) -> Response:
-    """The image, or why there is none."""
+    """The image, or the reason why there is none."""
     request.state.rows = answer.report.rows
     if answer.kind != "image":
         return errors.answer(request, STATUSES[answer.kind], answer.kind, answer.reason)

@@ -42,8 +42,8 @@ def job_of(body: ImageRequest, settings: Settings) -> Job:
     """The job that a request asks for.
 
     Raises:
-        Refusal: a policy that is not allowed, a prompt that is too long, or one of the limits, with what came and what
-            is right.
+        Refusal: a policy that is not allowed, a prompt that is too long, or one of the limits, with the given value and
+            the expected one.
     """
     policy = settings.policies[0] if body.policy is None else body.policy
     if policy not in settings.policies:

@@ -1,4 +1,4 @@
-"""Errors as clients see them: a status, a word for programs, and what came and what is right for people."""
+"""Errors as clients see them: a status, a word for programs, and a sentence with the given and the expected value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException as RoutingError
 from .pool import Unavailable
 
 SHOWN = 80
-"""Characters of what came that are repeated."""
+"""The number of characters of a given value that a message repeats."""
 
 
 class Refusal(HTTPException):
@@ -20,7 +20,7 @@ class Refusal(HTTPException):
 
     Args:
         kind: a word for programs.
-        reason: what came and what is right.
+        reason: the given value and the expected one.
     """
 
     def __init__(self, status: int, kind: str, reason: str) -> None:
@@ -35,7 +35,7 @@ def answer(request: Request, status: int, kind: str, reason: str, headers: dict[
 
 
 def install(app: FastAPI) -> None:
-    """Let every error be answered like this."""
+    """Answer every error in this form."""
 
     @app.exception_handler(RoutingError)
     async def refused(request: Request, error: RoutingError) -> Response:
@@ -43,7 +43,7 @@ def install(app: FastAPI) -> None:
             given: Any = error.detail
             return answer(request, error.status_code, given["error"], given["reason"])
         if error.status_code == 400:
-            return answer(request, 400, "malformed_json", "body: expected JSON in UTF-8, got what cannot be read")
+            return answer(request, 400, "malformed_json", "body: expected JSON in UTF-8, got bytes that cannot be read")
         headers = dict(error.headers or {})
         what = f"{request.method} {request.url.path}"
         reason = {404: f"there is no {what}", 405: f"there is no {what}, but {headers.get('Allow', 'another method')}"}

@@ -14,7 +14,7 @@ class JsonFormatter(logging.Formatter):
     """A record, and what was passed as `extra`, as JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """The record as one line."""
         entry = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -28,7 +28,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up() -> None:
-    """Send all that is logged in this process to stderr, from INFO on."""
+    """Send everything that is logged in this process to stderr, from INFO on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -37,7 +37,7 @@ def set_up() -> None:
 
 
 def quieten() -> None:
-    """Have transformers and diffusers log errors alone, as all else, and draw no bars."""
+    """Make transformers and diffusers log only errors, with all other logs, and draw no progress bars."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -35,7 +35,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers of memkern's record of a call: rows by what became of them, and bytes kept."""
+    """Numbers of memkern's record of a call: rows by outcome, and bytes kept."""
 
     policy: str
     protected: int = 0
@@ -56,7 +56,7 @@ class Answer:
 
     Attributes:
         kind: "image"; "unedited" where memkern refused it; "refused" where the job is at fault; "cancelled"; "failed"
-            where the worker is.
+            where the worker is at fault.
         reason: in words, where there is no image.
         image: a PNG.
         seconds: in the pipeline.

@@ -19,7 +19,7 @@ OUTCOMES = ("protected", "exempt", "unedited", "refused")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 BYTES = tuple(4**power for power in range(6, 17))
 NO_POLICY = "-"
-"""The label of requests that named none of the allow-list: what clients make up is no label."""
+"""The label of requests without a policy of the allow-list: names that clients make up do not become labels."""
 
 
 class Metrics:
@@ -30,7 +30,7 @@ class Metrics:
     """
 
     def __init__(self, policies: tuple[str, ...]) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # as many lines again, that nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the lines, and are of no use
         self._registry = own = CollectorRegistry()
         self._requests = Counter("memkern_requests", "Requests for an image", ["policy", "status"], registry=own)
         self._rows = Counter(
@@ -58,7 +58,7 @@ class Metrics:
     def watch(self, pool: Pool) -> None:
         """Show the state of the pool as well."""
         own = self._registry
-        ready = Gauge("memkern_ready", "Whether a worker has warmed up and lives", registry=own)
+        ready = Gauge("memkern_ready", "1 while a worker that has warmed up lives", registry=own)
         ready.set_function(lambda: float(pool.is_ready))
         places = Gauge("memkern_places", "Requests in the pool", ["state"], registry=own)
         places.labels("generating").set_function(lambda: float(pool.generating))
@@ -69,7 +69,7 @@ class Metrics:
         starts.set_function(lambda: float(pool.starts))
 
     def answered(self, answer: Answer) -> None:
-        """Count what memkern reported of a job, also where its client has gone."""
+        """Count what memkern reported of a job, even if its client has gone."""
         report = answer.report
         for outcome in OUTCOMES:
             self._rows.labels(report.policy, outcome).inc(getattr(report, outcome))

@@ -1,4 +1,4 @@
-"""Around every request: an id, a limit to its body, a line in the log, and its place in the metrics."""
+"""Middleware around every request: an id, a limit to its body, a line in the log, and its place in the metrics."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .settings import Settings
 
 IMAGES = "/v1/images"
 PROBES = ("/healthz", "/readyz", "/metrics")
-"""Asked every few seconds: not logged."""
+"""Paths that are requested every few seconds: not logged."""
 
 DRAINED = 8
-"""Bodies of so many times the limit are read to their end, and dropped: a client that still sends reads no answer."""
+"""Bodies up to this many times the limit are read to their end: a client that still sends reads no answer."""
 
 log = logging.getLogger("server.request")
 
@@ -26,7 +26,7 @@ class Around:
     """An ASGI middleware; see above.
 
     Args:
-        app: what it is around.
+        app: the application inside.
         settings: has the limit.
         metrics: of requests for images.
     """
@@ -62,13 +62,13 @@ class Around:
             self._metrics.requested(state.get("policy"), status, seconds)
         elif scope["path"] in PROBES:
             return
-        told = {name: state[name] for name in ("policy", "seed", "steps", "rows", "reason") if name in state}
+        known = {name: state[name] for name in ("policy", "seed", "steps", "rows", "reason") if name in state}
         given = {"request_id": state["id"], "method": scope["method"], "path": scope["path"], "status": status}
-        log.info("request", extra={**given, "seconds": round(seconds, 4), **told})
+        log.info("request", extra={**given, "seconds": round(seconds, 4), **known})
 
 
 def limited(receive: Receive, most: int) -> Receive:
-    """`receive` for bodies of at most so many bytes.
+    """`receive` for bodies of at most `most` bytes.
 
     Raises, when called:
         Refusal: the body is longer.
@@ -84,7 +84,7 @@ def limited(receive: Receive, most: int) -> Receive:
         while message.get("more_body") and came <= DRAINED * most:
             message = await receive()
             came += len(message.get("body", b""))
-        # What a client did not come to send is not counted.
+        # Bytes that the client has not sent yet are not counted.
         more = "more than " if message.get("more_body") else ""
         raise Refusal(413, "body_too_large", f"body: expected at most {most} bytes, got {more}{came}")
 

@@ -25,7 +25,7 @@ class Refused(ValueError):
 
 
 class Cancelled(Exception):
-    """Nobody waits for this image any more."""
+    """The end of an image that no client waits for any more."""
 
 
 class Generator:
@@ -53,7 +53,7 @@ class Generator:
             self._free.put(seat)
 
     def warm_up(self) -> None:
-        """Generate an image with each seat under each policy, so that the first request finds all prepared.
+        """Generate an image with each seat under each policy, so that everything is ready for the first request.
 
         To be called before `generate`.
 
@@ -62,13 +62,13 @@ class Generator:
         """
         for seat in self._seats:
             for policy in self._policies:
-                # Two steps for what begins with the second, one more for what only then is kept.
+                # Some work begins only with the second step, and some memory is kept only from the third.
                 answer = self._on(seat, Job(WARM_UP, policy, seed=0, steps=3, guidance=7.5), lambda: False)
                 if answer.kind != "image":
                     raise RuntimeError(f"warm-up: policy {policy!r} {answer.kind}: {answer.reason}")
 
     def generate(self, job: Job, is_cancelled: Callable[[], bool]) -> Answer:
-        """The image of a job, or why there is none; it waits for a seat.
+        """Wait for a seat, then return the image of a job, or the reason why there is none.
 
         Args:
             is_cancelled: asked after every step.
@@ -95,12 +95,12 @@ class Generator:
         except Refused as error:
             kind, reason = "refused", str(error)
         except Cancelled:
-            kind, reason = "cancelled", "nobody waits for it"
+            kind, reason = "cancelled", "no client waits for it"
         return Answer(kind, report_of(job, records), reason, png, time.perf_counter() - began)
 
 
 def report_of(job: Job, records: list[memkern.Record]) -> Report:
-    """The numbers of what memkern reported of a job."""
+    """The numbers that memkern reported of a job."""
     names = ("protected", "exempt", "unedited", "refused")
     counts = {name: sum(getattr(record, name) for record in records) for name in names}
     return Report(job.policy, **counts, kept=max((record.kept for record in records), default=0))

@@ -1,4 +1,4 @@
-"""The bounded pool: so many images at once, so many that wait, and a worker that is started again when it dies."""
+"""The pool: limits of images at once and of waiting requests, and a worker that is restarted when it dies."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .process import Lost, WorkerProcess
 from .settings import Settings
 
 START = 5
-"""Seconds that a worker is taken to need until it is ready."""
+"""Seconds that a worker is assumed to need until it is ready."""
 
 PAUSE = 30.0
-"""Seconds at most between workers that die before they are ready."""
+"""The longest pause, in seconds, between workers that die before they are ready."""
 
 log = logging.getLogger("server.pool")
 
 
 class Unavailable(Exception):
-    """No image now; perhaps in so many seconds.
+    """There is no image now; perhaps there is one after `retry_after` seconds.
 
     Attributes:
         kind: "full", "not_ready" or "worker_lost".
@@ -38,16 +38,16 @@ class Unavailable(Exception):
 class Pool:
     """Seats for requests before one worker.
 
-    The queue is kept here: a worker that dies takes along what it was generating, and nothing that waits.
+    The queue is kept here: a worker that dies loses what it was generating, and nothing that waits.
 
     Args:
-        settings: how many, and how the worker is started.
+        settings: the number of seats, and the settings of the worker.
         on_answer: called with each answer of the worker.
         on_end: called when the first worker cannot start: there is nothing to wait for.
 
     Attributes:
-        generating, waiting: requests, now.
-        starts: workers that were started.
+        generating, waiting: the current numbers of requests.
+        starts: the number of workers that were started.
         failure: why the first worker could not start; empty if it could.
     """
 
@@ -75,7 +75,7 @@ class Pool:
 
     @property
     def retry_after(self) -> int:
-        """Seconds until there may be a place: what is here already, at the pace of late."""
+        """Seconds until there may be a place: the requests that are here, at the recent pace."""
         if not self.is_ready:
             return START
         return max(1, math.ceil((self.generating + self.waiting) * self._seconds / self._settings.threads))
@@ -142,7 +142,7 @@ class Pool:
             try:
                 await worker.listen(ready)
             except Exception:
-                log.exception("the worker said what cannot be read: killed")
+                log.exception("the worker's message cannot be read: killed")
             finally:
                 self._ready.clear()
             if self.starts == 1 and not was_ready:

@@ -33,10 +33,10 @@ class WorkerProcess:
     Args:
         process: the process, with pipes.
         settings: of the server.
-        on_answer: called with each answer, also where nobody waits for it any more.
+        on_answer: called with each answer, even if nothing waits for it any more.
 
     Attributes:
-        is_ready: whether it has warmed up, and lives.
+        is_ready: true while it lives after its warm-up.
         failure: why it could not start; empty if it could.
     """
 
@@ -82,7 +82,7 @@ class WorkerProcess:
         return self._process.pid
 
     async def listen(self, on_ready: Callable[[], None]) -> None:
-        """Hand on what it answers until it ends; then all who wait get `Lost`."""
+        """Hand on its answers until it ends; then raise `Lost` in everything that still waits."""
         try:
             async for line in self._out:
                 message = json.loads(line)
@@ -104,7 +104,7 @@ class WorkerProcess:
             self._waiting.clear()
 
     async def run(self, job: Job) -> Answer:
-        """Run a job. Cancelled, it has the worker stop after the present step.
+        """Run a job. If cancelled, it makes the worker stop after the present step.
 
         Raises:
             Lost: the worker died.
@@ -122,7 +122,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it at once."""
-        # asyncio's own way looks for the exit status first, and so takes it from whoever waits for it.
+        # asyncio's own method first reads the exit status, and so takes it from the code that waits for it.
         with contextlib.suppress(ProcessLookupError):
             if self._process.returncode is None:
                 os.kill(self.pid, signal.SIGKILL)

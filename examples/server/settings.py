@@ -64,7 +64,7 @@ class Settings:
         return self.torch_threads or max(1, (os.cpu_count() or 1) // self.threads)
 
     def as_json(self) -> str:
-        """These, for the worker's command line."""
+        """The settings as JSON, for the worker's command line."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -75,7 +75,7 @@ class Settings:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """The settings of a command line; leaves the program with a message where one is wrong."""
+    """The settings of a command line; exits with a message if one is wrong."""
     default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m examples.server", description="Serves images of one patched pipeline over HTTP."
@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option("host", "where to listen")
     option("port", "0 is any free one")
     option("threads", "images at the same time")
-    option("torch_threads", "of torch for each image; 0 shares the processors evenly")
+    option("torch_threads", "threads of torch for each image; 0 shares the processors evenly")
     option("queue", "requests that wait; one more is answered with 503")
     option("timeout", "seconds for a request, waiting included")
     option("grace", "seconds for the worker to stop what was given up")

@@ -26,11 +26,11 @@ log = logging.getLogger("server.worker")
 
 
 class Worker:
-    """Does jobs in threads, and says what became of each.
+    """Does jobs in threads, and sends the outcome of each.
 
     Args:
         generator: the pipeline.
-        threads: how many at once.
+        threads: the number of jobs at once.
         out: where answers go, a binary file.
     """
 
@@ -41,7 +41,7 @@ class Worker:
         self._lock = threading.Lock()
 
     def take(self, message: dict[str, Any]) -> None:
-        """Begin a job, or cancel one; one that is done already is none."""
+        """Begin a job, or cancel one unless it is done already."""
         if "cancel" in message:
             cancelled = self._cancelled.get(message["cancel"])
             if cancelled is not None:
@@ -66,7 +66,7 @@ class Worker:
             except Exception as error:
                 log.exception("a job failed", extra={"job": number})
                 answer = Answer("failed", Report(job.policy), f"{type(error).__name__} in the pipeline")
-                # What a device was asked for after such an error fails as well: only another process helps.
+                # After such an error everything on the device fails: only another process helps.
                 is_lost = isinstance(error, getattr(torch, "AcceleratorError", ()))
             self.say(messages.write_answer(number, answer))
         except BrokenPipeError:
@@ -79,7 +79,7 @@ class Worker:
 
 def main() -> None:
     """Load, warm up, and serve until stdin ends."""
-    # What libraries print must not come between the answers.
+    # Text that libraries print must not come between the answers.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logs.set_up()
@@ -98,7 +98,7 @@ def main() -> None:
     worker.say(messages.line(ready=True))
     for line in sys.stdin.buffer:
         worker.take(json.loads(line))
-    os._exit(0)  # nobody would read what is still being generated
+    os._exit(0)  # nothing would read the images in progress
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ METHODS = "--policy none --policy zero-pad:0.7 --policy random-numbers:2".split(
 COMMAND = ["-m", "memkern", "audit", *METHODS, *"--seeds 0,1 --limit 2 --steps 2".split()]
 # Two processes, by the variables that `accelerate launch` sets as well where there are GPUs.
 TWO = "-m torch.distributed.run --nproc-per-node 2".split()
-# As in this process: another number of threads rounds otherwise.
+# As in this process: another number of threads rounds differently.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -89,7 +89,7 @@ def test_killed_and_run_again_equals_an_unbroken_run(unbroken, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "none was made again"
 
 
-def test_a_killed_process_leaves_whole_pictures_only(unbroken, tmp_path):
+def test_a_killed_process_leaves_whole_images_only(unbroken, tmp_path):
     process = subprocess.Popen(
         [sys.executable, *COMMAND, "--out", str(tmp_path)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD,
@@ -111,7 +111,7 @@ def test_two_processes_give_the_same_table(unbroken, tmp_path):
         capture_output=True, text=True, check=False, env=ONE_THREAD, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "6/6" in done.stderr, "half of the twelve pictures are the first process's"
+    assert "6/6" in done.stderr, "half of the twelve images are the first process's"
     assert files(tmp_path) == files(unbroken)
     assert table(tmp_path) == table(unbroken)
 
@@ -121,7 +121,7 @@ def test_the_numbers_are_those_of_a_few_lines(unbroken):
     means = {}
     training = [np.asarray(image, float) for _, image in demo.memorized()]
     for row in table(unbroken):
-        picture, plain = (
+        image, plain = (
             np.asarray(Image.open(unbroken / "images" / folder / f"{row['prompt_id']}_{row['seed']}.png"), float)
             for folder in (method(row["method"]).folder, "none")
         )
@@ -129,7 +129,7 @@ def test_the_numbers_are_those_of_a_few_lines(unbroken):
             (plain, "pixels_to_unmitigated"),
             (training[int(row["prompt_id"])], "pixels_to_reference"),
         ):
-            expected = np.corrcoef(picture.ravel(), other.ravel())[0, 1]
+            expected = np.corrcoef(image.ravel(), other.ravel())[0, 1]
             assert float(row[column]) == pytest.approx(expected, abs=1e-5)
         means.setdefault(row["method"], []).append(float(row["pixels_to_unmitigated"]))
     page = (unbroken / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""A folder that grows: what is missing is made and nothing else, and the end is that of one made at once."""
+"""A folder that grows: only what is missing is made, and the result is that of a folder made at once."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_g33_random_numbers(pipe):
     ]
     assert len(added) == 1600
     assert 99_000 < max(added) < 100_000
-    assert len(set(added)) > 1500, "drawn anew per seed"
+    assert len(set(added)) > 1500, "drawn again for each seed"
 
 
 def test_g33_random_tokens_are_any_of_the_vocabulary(tokenizers):

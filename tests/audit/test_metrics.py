@@ -1,4 +1,4 @@
-"""The metrics, each against its own few lines: tiny stand-ins for every loader, and what is not given is named."""
+"""The metrics, each against a few lines of its own: tiny stand-ins for every loader; missing weights are named."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def measured(out):
     return json.loads((out / "manifest.json").read_text())["measured"]
 
 
-def picture(seed):
+def noise(seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
 def shown(seed, *, text="a cat", siblings=(), reference=None):
-    return Shown(picture(seed), "a dog", text, picture(seed + 100), reference, siblings)
+    return Shown(noise(seed), "a dog", text, noise(seed + 100), reference, siblings)
 
 
 class Describer(torch.nn.Module):
-    """Stands in for SSCD: the mean colour of each quarter, and the side of what it was given."""
+    """Stands in for SSCD: the mean colour of each quarter, and the side of its input."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         side = torch.full((pixels.shape[0], 1), float(pixels.shape[-1]))
@@ -76,8 +76,8 @@ def test_copy_detection_by_onnx(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=Session))
     (tmp_path / "sscd.onnx").write_bytes(b"x")
-    found = CopyDetection(tmp_path / "sscd.onnx", None, "cpu")([shown(0, reference=picture(0)), shown(1)])
-    expected = CopyDetection(describer(tmp_path / "sscd.pt"), None, "cpu")([shown(0, reference=picture(0)), shown(1)])
+    found = CopyDetection(tmp_path / "sscd.onnx", None, "cpu")([shown(0, reference=noise(0)), shown(1)])
+    expected = CopyDetection(describer(tmp_path / "sscd.pt"), None, "cpu")([shown(0, reference=noise(0)), shown(1)])
     assert found[0] == pytest.approx(expected[0])
     assert found[0][1] == pytest.approx(1)
     assert found[1][1] is None
@@ -128,7 +128,7 @@ def head(path):
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @torch.no_grad()
 def test_clip_scores_of_both_texts_and_the_aesthetic_score(tmp_path, suffix):
-    """By transformers: against the model called as a whole."""
+    """Scores by transformers, against the model called as a whole."""
     folder, file = tiny_clip(tmp_path / "clip"), tmp_path / f"head.{suffix}"
     state = head(file)
     audit.run(out=tmp_path / "out", clip=folder, aesthetic=file, **{**SMALL, "policies": ["random-numbers:3"]})
@@ -147,7 +147,7 @@ def test_clip_scores_of_both_texts_and_the_aesthetic_score(tmp_path, suffix):
 
 
 def test_clip_by_open_clip(monkeypatch):
-    """A stand-in of the package: its three functions, and what they are given."""
+    """A stand-in for the package: its three functions, and their arguments."""
 
     class Model(torch.nn.Module):
         def encode_image(self, pixels):
@@ -167,11 +167,11 @@ def test_clip_by_open_clip(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", package)
     (_, metric), missing = metrics(Weights(clip="open_clip:ViT-H-14/folder/file.bin"), "cpu")
     ((original, changed),) = metric([shown(0, text="abc")])
-    colour = np.asarray(picture(0), float).mean((0, 1))
+    colour = np.asarray(noise(0), float).mean((0, 1))
     for found, text in ((original, "a dog"), (changed, "abc")):
         other = np.array([len(text), 1, 2])
         assert found == pytest.approx(colour @ other / np.linalg.norm(colour) / np.linalg.norm(other), abs=1e-5)
-    assert metric([shown(0, text=None)])[0][1] is None, "a text that is not known is not guessed"
+    assert metric([shown(0, text=None)])[0][1] is None, "an unknown text is not guessed"
     assert not any("CLIP" in line for line in missing)
 
 
@@ -221,7 +221,7 @@ def test_diversity_is_lpips_over_the_other_seeds(tmp_path, lpips):
     file = tmp_path / "alexnet.pth"
     torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, file)
     metric = Diversity(file, "cpu")
-    siblings = (picture(1), picture(2))
+    siblings = (noise(1), noise(2))
     (found,), (alone,) = metric([shown(0, siblings=siblings), shown(0)])
     assert alone is None
     heads = [layer.model[-1].weight[0, :, 0, 0] for layer in metric.distance.lins]
@@ -237,7 +237,7 @@ def test_diversity_is_lpips_over_the_other_seeds(tmp_path, lpips):
                 layers.append(x / (x.norm(dim=1, keepdim=True) + 1e-10))
         return layers
 
-    own = described(picture(0))
+    own = described(noise(0))
     distances = [
         sum(
             float(((a - b) ** 2 * head.view(1, -1, 1, 1)).sum(1).mean())

@@ -75,7 +75,7 @@ def test_a_folder(embedded, prompts, tmp_path):
 
 
 def test_g34_a_single_file(embedded, prompts, single, tmp_path, monkeypatch):
-    """In A1111's layout, with the configuration in a folder: nothing is looked up."""
+    """A file in A1111's layout, with the configuration in a folder: nothing is looked up."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     given = ["--model", single, "--config", demo.embedded.MODEL, "--prompts", prompts, "--policy", "zero-pad:1"]
     assert main(["audit", *map(str, given), "--steps", "2", "--out", str(tmp_path / "out")]) == 0
@@ -91,15 +91,15 @@ def test_a_single_file_that_is_no_checkpoint(lora, prompts, tmp_path):
 
 def test_loras_with_weights(embedded, lora, tmp_path):
     """Twice half a LoRA is the LoRA; weight 0 is none."""
-    pictures = {}
+    found = {}
     for name, given in (("one", [f"{lora}"]), ("halves", [f"{lora}:0.5", f"{lora}:0.5"]), ("none", [f"{lora}:0"])):
         audit.run(out=tmp_path / name, limit=1, loras=given, **ONE)
-        pictures[name] = images(tmp_path / name)
+        found[name] = images(tmp_path / name)
         assert settings(tmp_path / name)["loras"] == given
     for method in ("none", "zero-pad_1"):
-        assert np.abs(pictures["one"][method] - embedded[method]).max() > 5
-        assert np.abs(pictures["one"][method] - pictures["halves"][method]).max() <= 1
-        assert np.abs(pictures["none"][method] - embedded[method]).max() <= 1
+        assert np.abs(found["one"][method] - embedded[method]).max() > 5
+        assert np.abs(found["one"][method] - found["halves"][method]).max() <= 1
+        assert np.abs(found["none"][method] - embedded[method]).max() <= 1
     with pytest.raises(ValueError, match="other loras"):
         audit.run(out=tmp_path / "one", limit=1, loras=[f"{lora}:2"], **ONE)
 
@@ -146,7 +146,7 @@ class Blackens(torch.nn.Module):
     """A safety checker that finds something in every image."""
 
     def forward(self, images, clip_input):
-        raise AssertionError("an audit measures pictures, not black squares")
+        raise AssertionError("an audit measures images, not black squares")
 
 
 def test_the_safety_checker_is_off_meanwhile():

@@ -52,7 +52,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def by_hand(pipe):
-    """For each text: ε(x, ∅), ε(x, c) and ε(x, swapped c) on one noise, at the first time and the third from last."""
+    """Each text's ε(x, ∅), ε(x, c) and ε(x, swapped c) on one noise, at the first time and the third from last."""
     pipe.scheduler.set_timesteps(50)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     rows = []
@@ -100,7 +100,7 @@ def test_angle_is_norm_and_cosine(pipe, by_hand, kind, monkeypatch):
 
 
 def test_entropy_is_that_of_the_attention(pipe):
-    """From the maps of an attention computed by hand in every layer."""
+    """The entropy follows from the maps of an attention computed by hand in every layer."""
     pipe.scheduler.set_timesteps(50)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1)
     context = pipe.encode_prompt(TEXTS, "cpu", 1, True)[0]
@@ -130,7 +130,7 @@ def test_the_pipeline_is_as_it_was(pipe):
 
 
 def test_few_passes(pipe):
-    """At most a fifth of the rows that an image of 20 steps with guidance takes through the UNet."""
+    """The scores take at most a fifth of the rows that an image of 20 steps with guidance takes through the UNet."""
     rows = []
     handle = pipe.unet.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["sample"])) if not args else None, with_kwargs=True
@@ -154,7 +154,7 @@ def test_curves():
 
 
 def test_it_finds_what_the_embedded_model_memorized(posters, tmp_path):
-    """Against ordinary captions, and against posters of the same words."""
+    """Memorized captions against ordinary ones, and against posters of the same words."""
     for name, prompts in (("ordinary", None), ("posters", posters)):
         found = audit.screen(out=tmp_path / name, prompts=prompts, scores=["pads"], quiet=True)
         assert found.curves["pads"].auc >= 0.95

@@ -92,7 +92,7 @@ def test_g35_a_chart_of_memorization_and_fidelity_has_both(measures, axes):
     assert bool(plot({"none": dict.fromkeys(measures, summary)}, measures)) == (axes is not None)
 
 
-def test_ordinary_prompts_keep_their_picture(tmp_path):
+def test_ordinary_prompts_keep_their_image(tmp_path):
     """Without a CLIP model: of prompts without a training image, the similarity to the unmitigated image."""
     names = tmp_path / "prompts.csv"
     names.write_text("prompt,reference\na red circle,red.png\na blue square,\n")

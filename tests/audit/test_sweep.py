@@ -44,7 +44,7 @@ def test_grids_of_layers_and_steps():
         (None, [(("down", "mid"), None)]),
         (None, [(("down", "mid"), (0.2, 0.5))]),
         ("!", []),
-    ], "re-embedded pads are so everywhere: one policy"
+    ], "re-embedded pads are the same everywhere: one policy"
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_grids_of_layers_and_steps():
     ],
 )
 def test_grids_that_cannot_be(options, message):
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as raised:
         grid(**options)
-    assert message in str(told.value)
+    assert message in str(raised.value)
 
 
 def candidate(name, copies, loss):
@@ -89,7 +89,7 @@ def test_the_front_is_what_no_other_beats():
     assert {one.method.name for one in found if one.front} == {f"zero-pad:0.{n}" for n in (1, 2, 4, 5)}
     assert [one.front for one in found] == [True] * 4 + [False] * 2
     assert best(found, 0.03).method.name == "zero-pad:0.5", "few enough copies, and the least loss of those"
-    assert best(found[:1], 0.0).method.name == found[0].method.name, "none has so few: the fewest"
+    assert best(found[:1], 0.0).method.name == found[0].method.name, "none has that few: the fewest"
     equal = fronted([candidate("zero-pad:0.1", 0.5, 0.1), candidate("zero-pad:0.2", 0.5, 0.1)])
     assert all(one.front for one in equal)
 
@@ -146,7 +146,7 @@ def test_the_winner_is_a_policy_that_patch_takes(swept):
 
 
 def test_it_goes_on_and_the_grid_grows(swept):
-    """Nothing is made again, and a policy more is made alone."""
+    """Nothing is made again, and an added policy is made alone."""
     out, options, found = swept
     held = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if path.parent.name != "out"}
     again = audit.sweep(out=out / "out", check_seeds=[7], quiet=True, **options)
@@ -191,7 +191,7 @@ def test_bad_input(arguments, message, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_embedded_model_has_a_policy_that_costs_little(tmp_path):
-    """At most 3 % copies on seeds that the sweep did not see, for less than the default policy costs."""
+    """The best policy has at most 3 % copies on seeds that the sweep did not see, and costs less than the default."""
     found = audit.sweep(out=tmp_path, check_seeds=[100, 101], quiet=True)
     assert found.checked.copies.mean <= 0.03
     default = demo.measure(demo.load(), ["none", "swap-pad-zero-eot"], demo.memorized(), demo.scenes(), (100, 101))

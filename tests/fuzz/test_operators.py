@@ -54,14 +54,14 @@ def edits(draw):
 
 
 def edited(rows, bank, source, scale):
-    """In float64: a scale of 0 selects 0."""
+    """The edited rows in float64: a scale of 0 selects 0."""
     every = rows.double() if bank is None else torch.cat([rows, bank], 1).double()
     taken = every.gather(1, source.long().unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
     return torch.where(scale.unsqueeze(-1) == 0, 0.0, taken * scale.unsqueeze(-1).double())
 
 
 def assert_rounded(actual, expected):
-    """One product, rounded once: what remains is the dtype's own rounding."""
+    """Assert one product, rounded once: the error is that of the dtype's own rounding."""
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=2 * torch.finfo(actual.dtype).eps, atol=1e-7)
 

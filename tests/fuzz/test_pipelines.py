@@ -1,4 +1,4 @@
-"""Whole pipelines over drawn prompts, batches, guidance and policies: what must be the same is."""
+"""Whole pipelines over drawn prompts, batches, guidance and policies: results that must be equal are equal."""
 
 from __future__ import annotations
 

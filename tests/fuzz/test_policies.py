@@ -60,7 +60,7 @@ def policies(draw, names=UNNAMED):
 
 @st.composite
 def near(draw, edit):
-    """The same edit but for one field, which is drawn anew."""
+    """The same edit except for one field, which is drawn again."""
     other = draw(edits())
     name = draw(st.sampled_from(list(vars(edit))))
     try:

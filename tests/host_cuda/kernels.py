@@ -16,10 +16,10 @@ GUARD = 4096
 """Bytes before and behind every buffer."""
 
 POISON = 0xFF
-"""Around inputs: read as any dtype it is NaN, or an index out of range."""
+"""The byte around inputs: read as any dtype it is NaN, or an index out of range."""
 
 PATTERN = 0xA5
-"""Around outputs: another, so that poison copied there is seen as well."""
+"""The byte around outputs: another one, so that poison copied there is seen as well."""
 
 
 def build(sources: Path, folder: Path, compiler: str) -> ctypes.CDLL:
@@ -34,7 +34,7 @@ def build(sources: Path, folder: Path, compiler: str) -> ctypes.CDLL:
 class Guarded:
     """A tensor's storage between guard zones.
 
-    What an input's zones hold shows in the result if it is read; what an output's hold must still be there
+    Values in an input's zones show in the result if they are read; those in an output's zones must still be there
     afterwards.
     """
 
@@ -93,7 +93,7 @@ class EmbedTokens(ctypes.Structure):
 
 
 def edit(library, edits, source, shift=0, blocks=0):
-    """Run edit_rows_kernel; `edits` is one or two of (rows, bank, scale). The outputs, and whether in 16 bytes."""
+    """Run edit_rows_kernel; `edits` is one or two of (rows, bank, scale). The outputs, and true if in 16 bytes."""
     batch, length, width = edits[0][0].shape
     plan_source = Guarded(source)
     kept, structures, outputs = [], [], []
@@ -117,7 +117,7 @@ def edit(library, edits, source, shift=0, blocks=0):
 
 
 def embed(library, ids, roles, tokens, positions, pad_id, shift=0, blocks=0):
-    """Run embed_tokens_kernel. The output, and whether in 16 bytes."""
+    """Run embed_tokens_kernel. The output, and true if in 16 bytes."""
     guards = [Guarded(ids), Guarded(roles), Guarded(tokens, shift), Guarded(positions, shift)]
     out = Guarded(torch.full((*ids.shape, tokens.shape[1]), float("nan"), dtype=tokens.dtype), shift, PATTERN)
     strides = tokens.stride(0), positions.stride(0)

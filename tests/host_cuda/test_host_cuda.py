@@ -42,7 +42,7 @@ def edits(shape, dtype, bank_rows, tensors=1, seed=0):
 
 
 def check_edit(library, made, source, **options):
-    """The kernel against the reference at the same dtype and in float64; whether it moved 16 bytes at a time."""
+    """The kernel against the reference at the same dtype and in float64; true if it moved 16 bytes at a time."""
     outputs, vectors = kernels.edit(library, made, source, **options)
     for out, (rows, bank, scale) in zip(outputs, made, strict=True):
         exact = ops.edit_embeds(rows.double(), None if bank is None else bank.double(), source, scale, backend="torch")

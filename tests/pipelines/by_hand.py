@@ -24,7 +24,7 @@ PRESETS = [
     "prompt-eot-from-pad",
     "none",
 ]
-"""Those that edit embeddings."""
+"""The presets that edit embeddings."""
 
 
 def tokenize(tokenizer, prompts, swap):

@@ -30,7 +30,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def verdict(make, companion) -> str:
-    """One cell; a fresh pipeline each time."""
+    """The verdict of one cell; a fresh pipeline each time."""
     family = make()
     if companion is not None:
         needs_unet = companion.__name__ not in ("textual_inversion",)
@@ -99,7 +99,7 @@ def render(rows: dict[str, list[str]]) -> str:
 
 
 def ways() -> dict[str, dict[str, dict[str, Verdict]]]:
-    """Way → family → stage → what is so."""
+    """Way → family → stage → verdict."""
     quantized = quantized_verdicts()
     makes = pipelines()
     pag = sd_families(dict.fromkeys(("sd1", "sd2"), makes["SD"]().pipe.tokenizer))["StableDiffusionPAGPipeline"]
@@ -117,7 +117,7 @@ def ways() -> dict[str, dict[str, dict[str, Verdict]]]:
 
 
 def render_ways(found: dict[str, dict[str, dict[str, Verdict]]]) -> str:
-    """Markdown: a row for each way and stage; what is said where something is not so is a note below."""
+    """Markdown: a row for each way and stage; the messages where something is not so are notes below."""
     lines = [
         "",
         "## Ways to run a pipeline",

@@ -69,7 +69,7 @@ def sdxl_unet(context=72, pooled=40, ids=6, **options):
 
 
 def controlnet(unet_model):
-    """One whose zero convolutions are not zero, so that it matters."""
+    """A ControlNet whose zero convolutions are not zero, so that it has an effect."""
     made = diffusers.ControlNetModel.from_unet(unet_model, conditioning_embedding_out_channels=(8, 16)).eval()
     for parameter in (*made.controlnet_down_blocks.parameters(), *made.controlnet_mid_block.parameters()):
         torch.nn.init.normal_(parameter, std=0.1)

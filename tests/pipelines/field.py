@@ -1,4 +1,4 @@
-"""For the cases from the field: images, what they must be without memkern, and the warnings."""
+"""Helpers for the cases from the field: images, the same by hand without memkern, and the warnings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ OTHER = "a photograph of an astronaut riding a horse"
 ON_UNKNOWN = ("raise", "warn", "pass")
 STAGES = ("embeds", "kv")
 WAIT = 60
-"""Seconds after which a thread that nobody lets go on fails."""
+"""Seconds after which a thread that is not released fails."""
 
 
-def picture(pipe, prompt=PROMPT, steps=3, **options):
+def image(pipe, prompt=PROMPT, steps=3, **options):
     """Latents after a few steps, always from the same noise."""
     options = {"output_type": "latent", "height": 16, "width": 16, **options}
     return pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **options).images
@@ -49,22 +49,22 @@ def halves(pipe, prompt, policy):
     return cond, uncond
 
 
-def edited_picture(pipe, policy, prompt=PROMPT, **options):
+def edited_image(pipe, policy, prompt=PROMPT, **options):
     """The image of an unpatched pipeline that is given the context edited by hand."""
     cond, uncond = halves(pipe, prompt, policy)
-    return picture(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond, **options)
+    return image(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond, **options)
 
 
 def pads_zeroed(tokenizer, where, prompt=PROMPT, **options):
     """The image of a pipeline whose pads are zeroed where `where(layer, step)` is true, by hand."""
     plain = tiny_pipeline(tokenizer)
-    return picture(install(plain, zero_pads(roles_of(plain, [prompt]), where)), prompt, **options)
+    return image(install(plain, zero_pads(roles_of(plain, [prompt]), where)), prompt, **options)
 
 
-def ren_picture(tokenizer, factor=1.25, prompt=PROMPT, **options):
+def ren_image(tokenizer, factor=1.25, prompt=PROMPT, **options):
     """The image of Ren et al.'s policy, by hand."""
     plain = tiny_pipeline(tokenizer)
-    return picture(install(plain, ren(roles_of(plain, [prompt]), 1, factor)), prompt, **options)
+    return image(install(plain, ren(roles_of(plain, [prompt]), 1, factor)), prompt, **options)
 
 
 def outcome(call):
@@ -79,7 +79,7 @@ def outcome(call):
 
 
 def assert_told(on_unknown, made, said, match=""):
-    """That the user was told of an unedited prompt as `on_unknown` says; `made` and `said` are an `outcome`."""
+    """Assert that an unedited prompt raised or warned as `on_unknown` says; `made` and `said` are an `outcome`."""
     if on_unknown == "raise":
         assert made is None, "an unedited prompt went through without a word"
     else:
@@ -127,7 +127,7 @@ def edited_or_told(pipe, on_unknown, call, edited, *, match=""):
 
 
 def claims(status):
-    """The lines about the last prompts that tell of an edit without saying that it was not reached."""
+    """The lines about the last prompts that report an edit without saying that it did not reach the UNet."""
     excuses = ("not reached", "unedited", "not edited", " 0 of")
     effects = ("zeroed", "excluded", "scaled")
     return [
@@ -140,7 +140,7 @@ def claims(status):
 def locked(tokenizer, inside=None):
     """A copy of a tokenizer that one thread at a time may call, as diffusers' server example has it.
 
-    Those of Rust raise "Already borrowed" otherwise, or pad as another thread asked for: `tokenize`, which pipelines
+    Tokenizers in Rust otherwise raise "Already borrowed", or pad as another thread asked: `tokenize`, which pipelines
     call first, takes the padding off. `inside(thread's name)` is called first, without the lock.
     """
     lock, kind = threading.RLock(), type(tokenizer)

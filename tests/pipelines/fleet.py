@@ -23,7 +23,7 @@ POLICIES = ["swap-pad-zero-eot", "swap-pad", "zero-pad:0.7", "zero-eot-pad", "pr
 PROMPTS = [PROMPT, OTHER, "an oil painting of two dogs on a mat", ""]
 SEEDS = (0, 1)
 DEFAULT = "zero-eot"
-"""The policy of the pipelines' patches. No request asks for it: one that loses its own is seen."""
+"""The policy of the pipelines' patches. No request asks for it, so that one which loses its own is noticed."""
 WORKERS = 8
 WAYS = ["copy", "from_pipe"]
 
@@ -39,7 +39,7 @@ class Request:
 
 
 def draw(number, stage, seed, *, prompts=PROMPTS, seeds=SEEDS):
-    """So many requests, from a generator of their own; every policy is among the first."""
+    """That many requests, from a generator of their own; the first ones have every policy."""
     chosen = random.Random(seed)
     policies = chosen.sample(POLICIES, len(POLICIES)) + chosen.choices(POLICIES, k=number)
     return [
@@ -52,7 +52,7 @@ def stage_of(policy, stage):
     return "kv" if policy.startswith("ren") else stage
 
 
-def paint(pipe, request):
+def generate(pipe, request):
     """Latents after two steps."""
     return pipe(
         request.prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(request.seed),
@@ -74,13 +74,13 @@ class Kind:
                 pipe = self.make()
                 if request.policy:
                     memkern.patch(pipe, request.policy, stage=request.stage)
-                self.known[request] = paint(pipe, request)
+                self.known[request] = generate(pipe, request)
             return self.known[request]
 
     def used(self):
         """A pipeline that has generated once: transformers leaves marks on its modules then."""
         pipe = self.make()
-        paint(pipe, Request("", "", PROMPT, 0))
+        generate(pipe, Request("", "", PROMPT, 0))
         return pipe
 
     def own(self, pipe, way):
@@ -94,7 +94,7 @@ class Kind:
 
 
 def kinds_of(tokenizers):
-    """Of Stable Diffusion and of SDXL."""
+    """The kinds of Stable Diffusion and of SDXL."""
 
     def sd():
         return tiny_pipeline(locked(tokenizers["sd1"]))
@@ -126,7 +126,7 @@ def in_threads(serve, requests):
 
 
 def in_tasks(serve, requests):
-    """So many tasks of one event loop; `to_thread` hands on a task's context."""
+    """Serve in tasks of one event loop; `to_thread` hands on a task's context."""
 
     async def worker(waiting, made):
         for index, request in waiting:
@@ -165,7 +165,7 @@ def assert_as_it_was(pipe, before):
 def control(kind, run, requests):
     """True if the unpatched pipeline's images in threads are bit for bit those of one alone."""
     pipe = kind.make()
-    made = run(lambda request: paint(request_copy(pipe), request), requests)
+    made = run(lambda request: generate(request_copy(pipe), request), requests)
     return all(torch.equal(found, kind.alone(request)) for found, request in zip(made, requests, strict=True))
 
 
@@ -184,7 +184,7 @@ def assert_served(kind, run, way, requests):
     def serve(request):
         own = kind.own(pipe, way)
         with asked(own, way, request):
-            made = paint(own, request)
+            made = generate(own, request)
             if way == "from_pipe":
                 counted.append(memkern.status(own).counts)
         return made
@@ -204,6 +204,6 @@ def assert_served(kind, run, way, requests):
     assert sum(counts.unedited + counts.refused for counts in counted) == 0
     if way == "copy":
         again = Request(DEFAULT, "embeds", PROMPT, 0)
-        assert torch.allclose(paint(pipe, again), kind.alone(again), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(generate(pipe, again), kind.alone(again), rtol=1e-4, atol=1e-4)
     memkern.unpatch(pipe)
     assert_as_it_was(pipe, before)

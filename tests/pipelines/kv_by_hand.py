@@ -46,7 +46,7 @@ def install(pipe, edit):
 
 
 def roles_of(pipe, prompts):
-    """Per prompt the position of its first EOT."""
+    """The position of each prompt's first EOT."""
     ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True).input_ids
     return [row.index(pipe.tokenizer.eos_token_id) for row in ids]
 

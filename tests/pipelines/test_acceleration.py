@@ -110,7 +110,7 @@ def test_half_precision(run, context, dtype, path, monkeypatch):
 @pytest.mark.parametrize("width", [320, 640, 1280])
 @pytest.mark.parametrize("reordered", [True, False])
 def test_error_of_a_layer_of_sd15(width, dtype, path, reordered, monkeypatch):
-    """At most 1.5 times that of the layer's own processor, against float64; weights reordered or as they are."""
+    """The error is at most 1.5 times that of the layer's own processor, against float64; weights reordered or not."""
     force(monkeypatch, path)
     if not reordered:
         monkeypatch.setattr(cpu, "_serves", lambda dtype: False)
@@ -194,7 +194,7 @@ def test_with_gradients_the_layers_own_processors_run(run, context):
 
 @pytest.mark.parametrize("made", ["inside", "outside"])
 def test_inference_mode(run, context, made):
-    """A context that was made in it counts no changes, and is compared: one that is written to is noticed."""
+    """A context made in it counts no changes and is compared, so that a write to it is noticed."""
     with torch.inference_mode():
         context = context.clone() if made == "inside" else context
         for _ in range(3):
@@ -264,12 +264,12 @@ def test_processors_are_put_back_and_copies_are_plain(unet):
 
 @pytest.mark.parametrize("policy", ["swap-pad-zero-eot", "zero-pad:0.7", "pad-from-eot", "none"])
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_the_picture_is_that_of_the_unaccelerated_pipeline(tokenizers, policy, guidance):
-    pictures = []
+def test_the_image_is_that_of_the_unaccelerated_pipeline(tokenizers, policy, guidance):
+    images = []
     for accelerate in (False, True, True):
         pipe = tiny_pipeline(tokenizers["sd1"])
         patch = memkern.patch(pipe, policy, accelerate=accelerate)
-        pictures.append(
+        images.append(
             pipe(
                 ["a cat", "a photograph of a red house"],
                 num_inference_steps=20,
@@ -280,8 +280,8 @@ def test_the_picture_is_that_of_the_unaccelerated_pipeline(tokenizers, policy, g
         )
         assert bool(memkern.status(pipe).layers) == accelerate
         assert not patch.last.kept
-    assert abs(pictures[1] - pictures[0]).max() <= 1e-3
-    assert (pictures[1] == pictures[2]).all()
+    assert abs(images[1] - images[0]).max() <= 1e-3
+    assert (images[1] == images[2]).all()
 
 
 def test_one_step_never_pays(tokenizers):
@@ -348,7 +348,7 @@ def test_an_update_forgets_what_was_done_before(sd1):
 
 
 class Doubling(torch.nn.Linear):
-    """One of a user's own, that computes with more than tensors."""
+    """A user's own layer, which computes with more than tensors."""
 
     def __init__(self, linear, holder):
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -360,7 +360,7 @@ class Doubling(torch.nn.Linear):
 
 @torch.no_grad()
 def test_what_a_layer_computes_with_besides_its_weights(run, context):
-    """Its scale, and whatever a class that nobody knows reads."""
+    """The layer's scale, and whatever an unknown class reads."""
     for _ in range(3):
         run(context)
     for unet in (run.unet, run.plain):
@@ -379,7 +379,7 @@ def test_what_a_layer_computes_with_besides_its_weights(run, context):
 
 @pytest.mark.parametrize("edit", ["one value", "half a row"])
 def test_g23_a_sparse_edit_of_weights_between_prompts(tokenizers, edit):
-    """Through `.data`, which counts no version: whatever it changed, a new prompt is computed with it."""
+    """A write through `.data` counts no version: a new prompt is computed with the change, whatever it is."""
     pipe, plain = (tiny_pipeline(tokenizers["sd1"]) for _ in range(2))
     memkern.patch(pipe, "none")
     options = {"num_inference_steps": 3, "output_type": "latent"}

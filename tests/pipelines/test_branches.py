@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import sd_families, sdxl_families
-from field import picture
+from field import image
 
 import memkern
 from memkern.pipelines.unet.branches import SelfAttentionProcessor, equal_rows
@@ -40,10 +40,10 @@ def call(unet, sample):
 
 @pytest.mark.parametrize("images", [1, 3])
 def test_the_branches_of_guidance_are_computed_once(sd1, images):
-    expected = picture(sd1, num_images_per_prompt=images)
+    expected = image(sd1, num_images_per_prompt=images)
     rows = seen(sd1.unet)
     memkern.patch(sd1, "none")
-    made = picture(sd1, num_images_per_prompt=images)
+    made = image(sd1, num_images_per_prompt=images)
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     assert set(rows) == {images}
     assert told(sd1) == f"{images} of {2 * images} rows, the others are equal"
@@ -77,10 +77,10 @@ def test_timesteps_of_their_own_differ(sd1):
 
 @pytest.mark.parametrize("accelerate", ["attention", False])
 def test_it_can_be_left_out(sd1, accelerate):
-    expected = picture(sd1)
+    expected = image(sd1)
     rows = seen(sd1.unet)
     memkern.patch(sd1, "none", accelerate=accelerate)
-    assert torch.allclose(picture(sd1), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(image(sd1), expected, rtol=1e-4, atol=1e-4)
     assert set(rows) == {2}
     assert told(sd1) is None
     assert bool(memkern.status(sd1).layers) == bool(accelerate)
@@ -92,7 +92,7 @@ def test_unknown_ways_to_accelerate_are_refused(sd1):
 
 
 class Doubles:
-    """A processor of somebody else's."""
+    """A foreign processor."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         return 2 * hidden_states
@@ -117,11 +117,11 @@ def test_layers_of_others_are_left_alone(sd1, what, when):
     memkern.patch(sd1, "none")
     if when == "after":
         touch()
-    made = picture(sd1)
+    made = image(sd1)
     assert told(sd1) is None
     assert set(lengths) <= {2}
     memkern.unpatch(sd1)
-    torch.testing.assert_close(made, picture(sd1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made, image(sd1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_layer_gets_its_processor_back(sd1):
@@ -144,7 +144,7 @@ def test_gradients_go_through_every_row(sd1):
 def test_conditions_added_before_it(sdxl):
     """SDXL's branches differ in their pooled prompts from the first resnet on."""
     memkern.patch(sdxl, "none")
-    picture(sdxl)
+    image(sdxl)
     assert not memkern.status(sdxl).shared
 
 
@@ -166,22 +166,22 @@ def test_a_compiled_unet_computes_them_once_too(tokenizers):
     memkern.patch(pipe, "zero-pad:0.7")
     memkern.patch(plain, "zero-pad:0.7", accelerate=False)
     pipe.unet.compile(backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(picture(pipe), picture(plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(image(pipe), image(plain), rtol=1e-4, atol=1e-4)
     assert told(pipe) == "1 of 2 rows, the others are equal"
 
 
 @pytest.mark.usefixtures("_afresh")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_blocks_that_are_compiled_keep_one_graph(sd1, when):
-    """Theirs is shared with blocks that see no equal rows."""
-    expected = picture(sd1)
+    """Their graph is shared with blocks that see no equal rows."""
+    expected = image(sd1)
     former = sd1.unet.get_submodule(FIRST).processor
     if when == "before":
         memkern.patch(sd1, "none")
     sd1.unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     if when == "after":
         memkern.patch(sd1, "none")
-    torch.testing.assert_close(picture(sd1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(image(sd1), expected, rtol=1e-4, atol=1e-4)
     assert told(sd1) is None
     assert sd1.unet.get_submodule(FIRST).processor is former
 
@@ -193,7 +193,7 @@ def test_two_patches_of_one_unet(sd1):
     memkern.patch(sd1)
     memkern.patch(other)
     memkern.unpatch(sd1)
-    picture(other)
+    image(other)
     assert told(other) == "1 of 2 rows, the others are equal"
     memkern.unpatch(other)
     assert sd1.unet.get_submodule(FIRST).processor is former
@@ -212,16 +212,16 @@ def test_a_controlnets_branches(tokenizers):
 def test_autocast_is_what_it_was(sd1):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         memkern.patch(sd1, "none", accelerate="attention")
-        expected = picture(sd1)
+        expected = image(sd1)
         memkern.patch(sd1, "none")
-        made = picture(sd1)
+        made = image(sd1)
     torch.testing.assert_close(made, expected, rtol=0.1, atol=0.1)
     assert told(sd1) == "1 of 2 rows, the others are equal"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_error_is_that_of_diffusers(tokenizers, dtype):
-    """Against float64, the rest of the UNet in the same dtype."""
+    """The error against float64, with the rest of the UNet in the same dtype."""
     pipe = tiny_pipeline(tokenizers["sd1"])
     sample = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1)
     exact = call(pipe.unet.double(), sample.double())

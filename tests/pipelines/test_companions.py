@@ -153,7 +153,7 @@ def test_a3_an_ip_adapter_loaded_and_unloaded(ours, first):
 
 
 def test_a4_pipelines_that_share_a_unet(ours):
-    """One that is not patched is told of; patched, each has its own policy at its own stage."""
+    """A pipeline that is not patched raises; once patched, each has its own policy at its own stage."""
     memkern.patch(ours.pipe, "ren:1.25")
     edited = ours()
     other = StableDiffusionImg2ImgPipeline.from_pipe(ours.pipe)

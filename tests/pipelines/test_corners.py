@@ -1,4 +1,4 @@
-"""Ways through a patched pipeline that few people take, each with what must come out of it."""
+"""Rare ways through a patched pipeline, each with the result that must come out of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_an_exchanged_encoder_where_unknown_prompts_pass(sd1):
     assert torch.equal(actual, context_of(sd1, "a cat"))
 
 
-def test_an_exchanged_unet_is_told_and_taken_again(sd1):
+def test_an_exchanged_unet_warns_and_is_taken_again(sd1):
     memkern.patch(sd1, "zero-pad:1")
     sd1.unet = copy.deepcopy(sd1.unet)
     with pytest.warns(UserWarning, match="the pipeline's UNet or ControlNet was exchanged"):
@@ -73,7 +73,7 @@ def test_an_exchanged_unet_is_told_and_taken_again(sd1):
     torch.testing.assert_close(image(sd1, "a cat"), first, rtol=1e-4, atol=1e-4)
 
 
-def test_a_negative_edited_by_the_roles_of_a_prompt_that_nobody_encoded(sd1):
+def test_a_negative_edited_by_the_roles_of_a_prompt_that_was_not_encoded(sd1):
     """At the kv stage, with unknown prompts let through: neither row is edited."""
     raw = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(0))
     plain = image(sd1, prompt_embeds=raw, negative_prompt="blurry")
@@ -95,7 +95,7 @@ def test_a_negative_of_two_encoders_whose_prompt_came_as_embeddings(tokenizers):
 
 @torch.no_grad()
 def test_an_attention_mask_at_the_kv_stage(sd1):
-    """Beside a mask nothing is edited, and that is told."""
+    """With a mask nothing is edited, and memkern says so."""
     mask = torch.ones(2, 77)
     mask[:, 40:] = 0
     sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -111,7 +111,7 @@ def test_an_attention_mask_at_the_kv_stage(sd1):
 
 @pytest.mark.parametrize("stage", ["embeds", "kv"])
 def test_the_reference_alone(sd1, stage):
-    """Named, it has no faster attention: layers keep their processors' own unless keys and values are edited."""
+    """The reference has no faster attention: layers keep that of their processors unless keys and values are edited."""
     with memkern.patched(sd1, "zero-pad:1", accelerate=False):
         expected = image(sd1, "a cat")
     memkern.patch(sd1, "zero-pad:1", backend="torch", stage=stage)

@@ -1,4 +1,4 @@
-"""torch's defaults are another's to set: every tensor that memkern makes names its dtype and its device."""
+"""torch's defaults belong to the user: every tensor that memkern makes names its dtype and its device."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ WHOLE = [*SUITE, "pipelines/test_kv.py"]
 POLICIES = ["none", "swap-pad-zero-eot", "zero-pad:0.7", "prompt-eot-from-pad", "ren", "guard:0.5,1"]
 
 
-def picture(pipe):
+def image(pipe):
     generator = torch.Generator("cpu").manual_seed(0)
     return pipe("a cat", num_inference_steps=3, output_type="latent", generator=generator).images
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_g14_the_picture_is_the_same_under_a_default_dtype(sd1, policy):
+def test_g14_the_image_is_the_same_under_a_default_dtype(sd1, policy):
     with memkern.patched(sd1, policy):
-        expected = picture(sd1)
+        expected = image(sd1)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with memkern.patched(sd1, policy):
-            found = picture(sd1)
+            found = image(sd1)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(found, expected)
@@ -39,7 +39,7 @@ def test_g14_the_picture_is_the_same_under_a_default_dtype(sd1, policy):
 @pytest.mark.parametrize("suite", [SUITE, pytest.param(WHOLE, marks=pytest.mark.slow)], ids=["part", "whole"])
 @pytest.mark.parametrize("default", ["bfloat16", "meta"])
 def test_g14_g15_the_suite_passes_under_other_defaults(default, suite):
-    """They are in force in memkern's own calls of torch: see tests/defaults.py."""
+    """The defaults are in force in memkern's own calls of torch: see tests/defaults.py."""
     environment = os.environ | {"MEMKERN_DEFAULTS": default, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-p", "defaults", "-p", "no:cacheprovider", "-x", "-k", "not sd2"]

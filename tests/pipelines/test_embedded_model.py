@@ -34,9 +34,9 @@ def correlations(pipe):
     @functools.cache
     def measured(policy):
         with memkern.patched(pipe, policy):
-            pictures = generate(pipe, captions, SEEDS)
+            images = generate(pipe, captions, SEEDS)
         return np.array(
-            [[demo.correlation(x, image) for x in row] for row, image in zip(pictures, training, strict=True)]
+            [[demo.correlation(x, image) for x in row] for row, image in zip(images, training, strict=True)]
         )
 
     return measured
@@ -78,8 +78,8 @@ def test_zeroing_eot_alone_is_no_cure(correlations):
 @pytest.mark.parametrize("policy", ["none", "swap-pad-zero-eot", "zero-pad:0.7"])
 def test_ordinary_captions_survive(pipe, policy):
     with memkern.patched(pipe, policy):
-        pictures = generate(pipe, demo.ordinary(), SEEDS)
-    verdicts = [demo.judge(row[0], scene) for row, scene in zip(pictures, demo.scenes(), strict=True)]
+        images = generate(pipe, demo.ordinary(), SEEDS)
+    verdicts = [demo.judge(row[0], scene) for row, scene in zip(images, demo.scenes(), strict=True)]
     means = {name: np.mean([verdict[name] for verdict in verdicts]) for name in ATTRIBUTES}
     assert means["colour"] > 0.8
     assert means["background"] > 0.7

@@ -15,9 +15,9 @@ SDXL = [name for name in sdxl_families({}) if name != "StableDiffusion3Pipeline"
 @pytest.mark.parametrize("prompt", ["", "a cat"])
 @pytest.mark.parametrize("name", [*SD, *SDXL])
 def test_both_stages_give_the_same_image(tokenizers, name, prompt):
-    pictures = []
+    images = []
     for stage in ("embeds", "kv"):
         family = {**sd_families(tokenizers), **sdxl_families(tokenizers)}[name]()
         memkern.patch(family.pipe, "zero-eot", stage=stage)
-        pictures.append(family(prompt, negative_prompt=prompt, steps=3))
-    torch.testing.assert_close(*pictures, rtol=1e-3, atol=1e-3)
+        images.append(family(prompt, negative_prompt=prompt, steps=3))
+    torch.testing.assert_close(*images, rtol=1e-3, atol=1e-3)

@@ -12,7 +12,7 @@ import memkern
 
 SD = list(sd_families({}))
 SDXL = list(sdxl_families({}))
-ONE_PICTURE = ("StableDiffusionAdapterPipeline", "StableDiffusionUpscalePipeline")
+ONE_IMAGE = ("StableDiffusionAdapterPipeline", "StableDiffusionUpscalePipeline")
 PLAIN_UNET = [name for name in (*SD, *SDXL) if name != "StableDiffusion3Pipeline"]
 
 
@@ -53,14 +53,14 @@ def test_policies_are_applied_and_taken_back(family, policy):
 @pytest.mark.parametrize("family", PLAIN_UNET, indirect=True)
 def test_the_kv_stage_gives_the_image_of_the_embeds_stage(family):
     # Some take as many images as prompts.
-    prompts = ["a cat", "a photograph of a red house"][: 1 if family.name in ONE_PICTURE else 2]
-    pictures = []
+    prompts = ["a cat", "a photograph of a red house"][: 1 if family.name in ONE_IMAGE else 2]
+    images = []
     for stage in ("embeds", "kv"):
         memkern.patch(family.pipe, "zero-pad:0.7", stage=stage)
-        pictures.append(family(prompts, steps=3))
-    close(*pictures)
+        images.append(family(prompts, steps=3))
+    close(*images)
     memkern.patch(family.pipe, "ren:1.25")
-    assert (family(prompts, steps=3) - pictures[0]).abs().max() > 1e-4
+    assert (family(prompts, steps=3) - images[0]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("family", ["StableDiffusionControlNetPipeline, two nets"], indirect=True)
@@ -90,7 +90,7 @@ def test_the_probe_knows_whose_rows_there_are(family):
 
 
 def test_the_page_of_compatibility_has_every_family():
-    """Its table is made by `compatibility.py`; a family that was added since is missing there."""
+    """The page's table is made by `compatibility.py`; a family that was added since is missing there."""
     page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
     table = page.partition("\n## ")[0]
     named = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]

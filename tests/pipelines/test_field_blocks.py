@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from families import build, unet
-from field import ON_UNKNOWN, PROMPT, STAGES, counts, differ, edited_or_told, edited_picture, halves, picture, same
+from field import ON_UNKNOWN, PROMPT, STAGES, counts, differ, edited_image, edited_or_told, halves, image, same
 from kv_by_hand import install, roles_of, zero_pads
 
 import memkern
@@ -45,7 +45,7 @@ class ByHand:
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
 @pytest.mark.parametrize("stage", STAGES)
 def test_g2_attend_and_excite(tokenizers, stage, on_unknown):
-    """It takes every processor out after the prompt was encoded, and puts them back at the end."""
+    """Attend-and-Excite takes every processor out after the prompt was encoded, and puts them back at the end."""
     plain, ours = (attend_and_excite(tokenizers["sd1"]) for _ in range(2))
     unedited = excited(plain)
     plain.encode_prompt = ByHand(plain)
@@ -81,7 +81,7 @@ def reading_layers(pipe):
                     reading[name] = module
 
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
-    picture(pipe, steps=1)
+    image(pipe, steps=1)
     for handle in handles:
         handle.remove()
     return reading
@@ -91,10 +91,10 @@ def reading_layers(pipe):
 @pytest.mark.parametrize("kind", ONLY_CROSS)
 def test_g6_blocks_whose_first_attention_reads_the_text_too(tokenizers, kind, stage):
     plain, ours = (only_cross(tokenizers["sd1"], ONLY_CROSS[kind]) for _ in range(2))
-    expected = edited_picture(plain, POLICY)
-    differ(expected, picture(plain))
+    expected = edited_image(plain, POLICY)
+    differ(expected, image(plain))
     memkern.patch(ours, POLICY, stage=stage)
-    same(picture(ours), expected)
+    same(image(ours), expected)
     assert counts(ours) == (1, 0, 0, 0)
 
 
@@ -107,7 +107,7 @@ def test_g6_support_counts_them(tokenizers, kind):
 
 
 def test_g6_in_a_window_of_steps(tokenizers):
-    """By hand in both attentions of a block."""
+    """The same by hand in both attentions of a block."""
     plain, ours = (only_cross(tokenizers["sd1"], {"only_cross_attention": True}) for _ in range(2))
     reading = reading_layers(plain)
     install(plain, zero_pads(roles_of(plain, [PROMPT]), lambda layer, step: step == 0))
@@ -115,4 +115,4 @@ def test_g6_in_a_window_of_steps(tokenizers):
     for name, attn in reading.items():
         attn.set_processor(type(made)(name, made.edit, made.clock))
     memkern.patch(ours, Policy((Edit("pad", zero(), steps=(0, 0.3)),)), stage="kv")
-    same(picture(ours), picture(plain))
+    same(image(ours), image(plain))

@@ -14,11 +14,11 @@ from field import (
     WAIT,
     between_steps,
     counts,
-    edited_picture,
+    edited_image,
+    image,
     in_thread,
     locked,
-    picture,
-    ren_picture,
+    ren_image,
     request_copy,
     same,
     told,
@@ -39,7 +39,7 @@ def plain(tokenizers):
 
 @pytest.mark.parametrize("policy", [POLICY, "swap-pad-zero-eot", "ren:1.25"])
 def test_g10_no_attribute_changes_during_a_call(sd1, policy):
-    """The tokenizer's stand-in stayed, six deep, when two requests overlapped. Looked at from inside a call."""
+    """The tokenizer's stand-in stayed, six deep, when two requests overlapped. This looks from inside a call."""
     memkern.patch(sd1, policy)
     seen = []
     names = ("tokenizer", "text_encoder", "unet", "scheduler", "encode_prompt")
@@ -50,7 +50,7 @@ def test_g10_no_attribute_changes_during_a_call(sd1, policy):
 
     look()
     handles = [part.register_forward_pre_hook(look) for part in (sd1.text_encoder, sd1.unet)]
-    picture(sd1)
+    image(sd1)
     for handle in handles:
         handle.remove()
     look()
@@ -64,9 +64,9 @@ def test_g10_a_shallow_copy_is_patched_too(sd1, plain, stage):
     own = request_copy(sd1)
     assert memkern.status(own).patched
     assert str(memkern.status(own).policy) == POLICY
-    expected = edited_picture(plain, POLICY)
+    expected = edited_image(plain, POLICY)
     for pipe in (own, sd1, own):
-        same(picture(pipe), expected)
+        same(image(pipe), expected)
     assert counts(own) == counts(sd1) == (3, 0, 0, 0)
 
 
@@ -75,8 +75,8 @@ def test_g10_a_copy_has_a_session_of_its_own(sd1, plain, stage):
     memkern.patch(sd1, POLICY, stage=stage)
     own = request_copy(sd1)
     memkern.patch(own, "zero-eot-pad", stage=stage)
-    same(picture(own), edited_picture(plain, "zero-eot-pad"))
-    same(picture(sd1), edited_picture(plain, POLICY))
+    same(image(own), edited_image(plain, "zero-eot-pad"))
+    same(image(sd1), edited_image(plain, POLICY))
     assert [str(memkern.status(pipe).policy) for pipe in (sd1, own)] == [POLICY, "zero-eot-pad"]
 
 
@@ -85,8 +85,8 @@ def test_g10_a_copy_inside_using(sd1, plain, stage):
     memkern.patch(sd1, POLICY, stage=stage)
     own = request_copy(sd1)
     with memkern.using(own, "none"):
-        same(picture(own), picture(plain))
-    same(picture(own), edited_picture(plain, POLICY))
+        same(image(own), image(plain))
+    same(image(own), edited_image(plain, POLICY))
     assert counts(sd1) == (1, 1, 0, 0)
 
 
@@ -94,12 +94,12 @@ def test_g10_a_copy_inside_using(sd1, plain, stage):
 def test_g10_unpatching_a_copy_leaves_the_original(sd1, plain, stage):
     memkern.patch(sd1, POLICY, stage=stage)
     own = request_copy(sd1)
-    picture(own)
+    image(own)
     assert memkern.status(own).patched
     memkern.unpatch(own)
     assert not memkern.status(own).patched
     assert memkern.status(sd1).patched
-    same(picture(sd1), edited_picture(plain, POLICY))
+    same(image(sd1), edited_image(plain, POLICY))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -113,17 +113,17 @@ def test_g10_unpatching_the_original_leaves_nothing(sd1, plain, stage):
     after = snapshot(sd1)
     assert {key: after.get(key) for key in before} == before
     assert set(after) == set(before)
-    assert torch.equal(picture(own), picture(plain))
-    assert torch.equal(picture(sd1), picture(plain))
+    assert torch.equal(image(own), image(plain))
+    assert torch.equal(image(sd1), image(plain))
 
 
 @pytest.mark.parametrize("policy", [POLICY, "swap-pad-zero-eot", "ren:1.25"])
 def test_g10_a_request_in_the_middle_of_another(sd1, plain, policy):
     """One request's prompt does not clear another's."""
     expected = {
-        prompt: ren_picture(plain.tokenizer, prompt=prompt)
+        prompt: ren_image(plain.tokenizer, prompt=prompt)
         if policy == "ren:1.25"
-        else edited_picture(plain, policy, prompt)
+        else edited_image(plain, policy, prompt)
         for prompt in (PROMPT, OTHER)
     }
     memkern.patch(sd1, policy)
@@ -131,9 +131,9 @@ def test_g10_a_request_in_the_middle_of_another(sd1, plain, policy):
     made = {}
 
     def other():
-        made[OTHER] = picture(second, OTHER)
+        made[OTHER] = image(second, OTHER)
 
-    made[PROMPT] = between_steps(lambda callback: picture(first, callback_on_step_end=callback), other)
+    made[PROMPT] = between_steps(lambda callback: image(first, callback_on_step_end=callback), other)
     for prompt, found in made.items():
         same(found, expected[prompt])
     assert counts(sd1) == (2, 0, 0, 0)
@@ -161,7 +161,7 @@ class Overlap:
 
         def work(name, pipe, prompt):
             try:
-                made[name] = picture(pipe, prompt)
+                made[name] = image(pipe, prompt)
             except BaseException as error:
                 made[name] = error
             finally:
@@ -193,7 +193,7 @@ def test_g10_two_prompts_that_are_encoded_at_once(sd1, plain, tmp_path, stage):
     made = overlap(pipes)
     assert all(pipe.tokenizer is tokenizer for pipe in (sd1, *pipes))
     for found, prompt in zip(made, (PROMPT, OTHER), strict=True):
-        same(found, edited_picture(plain, POLICY, prompt))
+        same(found, edited_image(plain, POLICY, prompt))
     sd1.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer").is_dir()
     other = StableDiffusionImg2ImgPipeline.from_pipe(sd1)
@@ -216,4 +216,4 @@ def test_g10_hooks_do_not_come_and_go_while_another_request_runs(sd1, plain, pol
     for one in going:
         list(one)  # RuntimeError: mutated during iteration
     assert going
-    same(picture(sd1), edited_picture(plain, POLICY))
+    same(image(sd1), edited_image(plain, POLICY))

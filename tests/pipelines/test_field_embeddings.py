@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import sdxl_families
-from field import ON_UNKNOWN, OTHER, PROMPT, STAGES, counts, edited_picture, halves, outcome, picture, same, told
+from field import ON_UNKNOWN, OTHER, PROMPT, STAGES, counts, edited_image, halves, image, outcome, same, told
 from kv_by_hand import install, ren, roles_of
 
 import memkern
@@ -45,14 +45,14 @@ WRITES = pytest.mark.parametrize("write", [overwritten, scaled, written_through_
 @pytest.mark.parametrize("stage", STAGES)
 @torch.inference_mode()
 def test_g1_embeddings_of_inference_mode_that_were_written_to(sd1, plain, stage, on_unknown, write):
-    """Inference tensors do not count their writes: nobody may vouch for them by identity alone."""
+    """Inference tensors do not count their writes: identity alone does not prove that they are unchanged."""
     unedited, _ = encode(plain)
     memkern.patch(sd1, POLICY, stage=stage, on_unknown=on_unknown)
     cond, uncond = encode(sd1)
     write(cond, unedited if stage == "embeds" else unedited + 1)
-    made = told(on_unknown, lambda: picture(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
+    made = told(on_unknown, lambda: image(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
     if made is not None:
-        same(made, picture(plain, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
+        same(made, image(plain, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
         assert counts(sd1) == (0, 0, 1, 0)
 
 
@@ -64,7 +64,7 @@ def test_g1_negatives_that_were_written_to(sd1, plain, stage):
     memkern.patch(sd1, "swap-pad", stage=stage)
     cond, uncond = encode(sd1)
     uncond.copy_(unedited)
-    told("raise", lambda: picture(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
+    told("raise", lambda: image(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
 
 
 @torch.inference_mode()
@@ -75,11 +75,11 @@ def test_g1_what_apply_policy_made_and_was_written_to(sd1, plain):
     edited = memkern.apply_policy(unedited, ids, POLICY)
     _, uncond = encode(sd1)
     same(
-        picture(sd1, None, prompt_embeds=edited, negative_prompt_embeds=uncond),
-        edited_picture(plain, POLICY),
+        image(sd1, None, prompt_embeds=edited, negative_prompt_embeds=uncond),
+        edited_image(plain, POLICY),
     )
     edited.copy_(unedited)
-    told("raise", lambda: picture(sd1, None, prompt_embeds=edited, negative_prompt_embeds=uncond))
+    told("raise", lambda: image(sd1, None, prompt_embeds=edited, negative_prompt_embeds=uncond))
 
 
 class PutIn:
@@ -98,7 +98,7 @@ class PutIn:
 
 
 def with_callback(pipe, callback, prompt=PROMPT, **options):
-    return picture(
+    return image(
         pipe,
         prompt,
         callback_on_step_end=callback,
@@ -118,7 +118,7 @@ def scheduled(pipe, policy, first, second):
 @pytest.mark.parametrize("prompt", [PROMPT, OTHER])
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
 @pytest.mark.parametrize("stage", STAGES)
-def test_g4_unedited_embeddings_put_in_by_a_callback_are_told(sd1, plain, stage, on_unknown, prompt, in_place):
+def test_g4_unedited_embeddings_put_in_by_a_callback_are_noticed(sd1, plain, stage, on_unknown, prompt, in_place):
     """The prompt's own, which at the kv stage is what memkern itself encoded, and another prompt's."""
     if stage == "kv" and prompt == PROMPT:
         prompt = "something else"
@@ -139,7 +139,7 @@ def test_g4_unedited_embeddings_put_in_by_a_callback_are_told(sd1, plain, stage,
 
 
 def test_g4_a_callback_of_one_branch_only(sd1, plain):
-    """Half of the context is memkern's own; the other half nobody edited."""
+    """Half of the context is memkern's own; the other half is unedited."""
     unedited, _ = encode(plain)
     memkern.patch(sd1, POLICY)
 
@@ -175,7 +175,7 @@ def test_g4_unedited_embeddings_of_sdxl(tokenizers, on_unknown):
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
 def test_g5_memkerns_own_embeddings_put_in_by_a_callback(sd1, plain, stage, kept):
-    """A schedule of edited contexts is edited at every step; what was concatenated is recognised by value."""
+    """A schedule of edited contexts is edited at every step; concatenated ones are recognised by value."""
     expected = scheduled(plain, POLICY, PROMPT, OTHER)
     memkern.patch(sd1, POLICY, stage=stage)
     cond, uncond = encode(sd1, OTHER)
@@ -204,7 +204,7 @@ def test_g5_logits_follow_the_schedule(sd1, plain):
 
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
-def test_g5_embeddings_of_another_policy_are_told(sd1, stage):
+def test_g5_embeddings_of_another_policy_are_noticed(sd1, stage):
     patch = memkern.patch(sd1, "zero-eot", stage=stage)
     cond, uncond = encode(sd1, OTHER)
     patch.update(POLICY)
@@ -230,13 +230,13 @@ class Cached:
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
 @pytest.mark.parametrize("stage", STAGES)
 def test_g26_a_cache_that_returns_the_former_policys_embeddings(sd1, plain, stage, on_unknown, copies):
-    """The same policy's are as good as new; after `update` they are told, and counted as what they are."""
+    """Embeddings of the same policy are as good as new; after `update` they are noticed, and counted as unedited."""
     patch = memkern.patch(sd1, POLICY, stage=stage, on_unknown=on_unknown)
     Cached(sd1, copies)
     for _ in range(2):
-        same(picture(sd1), edited_picture(plain, POLICY))
+        same(image(sd1), edited_image(plain, POLICY))
     patch.update("zero-eot-pad")
-    told(on_unknown, lambda: picture(sd1), "zero-pad|not made by memkern|nobody")
+    told(on_unknown, lambda: image(sd1), "zero-pad|not made by memkern|nobody")
     assert counts(sd1) == ((2, 0, 0, 1) if on_unknown == "raise" else (2, 0, 1, 0))
 
 
@@ -244,6 +244,6 @@ def test_g26_a_cache_that_returns_the_former_policys_embeddings(sd1, plain, stag
 def test_g26_a_cache_across_requests_of_different_policies(sd1, stage):
     memkern.patch(sd1, POLICY, stage=stage)
     Cached(sd1)
-    picture(sd1)
+    image(sd1)
     with memkern.using(sd1, "zero-eot-pad"):
-        told("raise", lambda: picture(sd1))
+        told("raise", lambda: image(sd1))

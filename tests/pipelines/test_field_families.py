@@ -10,7 +10,7 @@ import pytest
 import torch
 from by_hand import context
 from families import build, sdxl_families, text_encoder, unet
-from field import ON_UNKNOWN, PROMPT, STAGES, claims, counts, differ, halves, outcome, picture, same, told
+from field import ON_UNKNOWN, PROMPT, STAGES, claims, counts, differ, halves, image, outcome, same, told
 from kv_by_hand import install, ren, roles_of
 from transformers import CLIPTextModelWithProjection
 
@@ -81,7 +81,7 @@ def gligen(tokenizer):
 def grounded(pipe, prompt=PROMPT, phrases=("a dog", "a tree"), **options):
     boxes = [[0.1, 0.1, 0.5, 0.5], [0.4, 0.4, 0.9, 0.9]][: len(phrases)]
     options = {"gligen_scheduled_sampling_beta": 1.0, **options}
-    return picture(pipe, prompt, gligen_phrases=list(phrases), gligen_boxes=boxes, **options)
+    return image(pipe, prompt, gligen_phrases=list(phrases), gligen_boxes=boxes, **options)
 
 
 @pytest.mark.parametrize("policy", ["swap-pad-zero-eot", "swap-pad", "zero-pad:1", "zero-eot-pad"])
@@ -138,22 +138,22 @@ def test_g9_a_text_encoder_exchanged_for_an_engine(tokenizers, which, stage, on_
     make = sdxl if which != "text_encoder" else lambda tokenizers: tiny_pipeline(tokenizers["sd1"])
     plain, ours = make(tokenizers), make(tokenizers)
     memkern.patch(ours, POLICY, stage=stage, on_unknown=on_unknown)
-    protected = picture(ours)
+    protected = image(ours)
     names = ["text_encoder", "text_encoder_2"] if which == "both" else [which.split()[-1]]
     kept = {name: getattr(ours, name) for name in names}
     for name in names:
         setattr(ours, name, Engine(getattr(plain, name)))
-    made = told(on_unknown, lambda: picture(ours), "exchanged|not a CLIP|Engine")
+    made = told(on_unknown, lambda: image(ours), "exchanged|not a CLIP|Engine")
     if made is not None and which in ("text_encoder", "both"):
-        same(made, picture(plain))
+        same(made, image(plain))
         assert claims(memkern.status(ours)) == []
     assert counts(ours)[2:] == ((0, 1) if on_unknown == "raise" else (1, 0))
     str(memkern.status(ours))
     for name, encoder in kept.items():
         setattr(ours, name, encoder)
-    same(picture(ours), protected)
+    same(image(ours), protected)
     memkern.unpatch(ours)
-    same(picture(ours), picture(plain))
+    same(image(ours), image(plain))
 
 
 def test_g9_unpatch_with_the_engine_in_place(tokenizers):
@@ -163,9 +163,9 @@ def test_g9_unpatch_with_the_engine_in_place(tokenizers):
     pipe.text_encoder = Engine(tiny_pipeline(tokenizers["sd1"]).text_encoder)
     memkern.unpatch(pipe)
     assert not memkern.status(pipe).patched
-    picture(pipe)
+    image(pipe)
     pipe.text_encoder = former
-    assert torch.equal(picture(pipe), picture(tiny_pipeline(tokenizers["sd1"])))
+    assert torch.equal(image(pipe), image(tiny_pipeline(tokenizers["sd1"])))
 
 
 SPLIT_APART = "wow!! a cat"
@@ -180,13 +180,13 @@ def test_g24_the_tokenizers_do_differ(tokenizers):
 @pytest.mark.parametrize("prompt", [SPLIT_APART, [SPLIT_APART, "a photograph of a dog"]], ids=["one", "two"])
 @pytest.mark.parametrize("policy", [POLICY, "swap-pad-zero-eot", "zero-eot-pad"])
 def test_g24_each_encoders_columns_by_their_own_roles(tokenizers, policy, prompt):
-    """At the kv stage as at the embeds stage: the image is one."""
+    """The image at the kv stage is that at the embeds stage."""
     plain, ours = sdxl(tokenizers), sdxl(tokenizers)
     memkern.patch(plain, policy)
     memkern.patch(ours, policy, stage="kv")
-    made, said = outcome(lambda: picture(ours, prompt))
+    made, said = outcome(lambda: image(ours, prompt))
     assert said == []
-    same(made, picture(plain, prompt))
+    same(made, image(plain, prompt))
     assert counts(ours) == (1 if isinstance(prompt, str) else 2, 0, 0, 0)
 
 
@@ -195,21 +195,21 @@ def test_g24_a_second_prompt_of_other_roles(tokenizers):
     memkern.patch(plain, POLICY)
     memkern.patch(ours, POLICY, stage="kv")
     options = {"prompt_2": "a photograph of a dog"}
-    same(picture(ours, **options), picture(plain, **options))
+    same(image(ours, **options), image(plain, **options))
 
 
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
 def test_g24_a_key_that_cannot_be_both(tokenizers, on_unknown):
-    """A logit is of a whole key. The refusal says why, and blames no `prompt_2` that was not given."""
+    """A logit belongs to a whole key. The refusal says why, and blames no `prompt_2` that was not given."""
     pipe = sdxl(tokenizers)
     memkern.patch(pipe, "ren:1.25", on_unknown=on_unknown)
-    made, said = outcome(lambda: picture(pipe, SPLIT_APART))
+    made, said = outcome(lambda: image(pipe, SPLIT_APART))
     assert (made is None) == (on_unknown == "raise")
     assert bool(said) == (on_unknown != "pass")
     for one in said:
         assert "tokenizer" in one
         assert "prompt_2" not in one
-    picture(pipe, PROMPT)
+    image(pipe, PROMPT)
     # Of the prompt and of its negative, which is cut at its length.
     assert counts(pipe) == ((1, 0, 0, 1) if on_unknown == "raise" else (1, 0, 2, 0))
 
@@ -236,13 +236,13 @@ BOTH = {
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
 def test_g25_nan_in_a_pads_embedding(tokenizers, family, stage):
-    """It is recognised as what was encoded, and zeroed."""
+    """The pad is recognised as what was encoded, and zeroed."""
     plain, ours = (overflowing(tokenizers[family]) for _ in range(2))
     rows = context(plain, [PROMPT], "zero-pad:1", guided=False)
     assert rows.isfinite().all()
-    expected = picture(plain, None, prompt_embeds=rows, guidance_scale=1.0)
+    expected = image(plain, None, prompt_embeds=rows, guidance_scale=1.0)
     memkern.patch(ours, "zero-pad:1", stage=stage)
-    made, said = outcome(lambda: picture(ours, guidance_scale=1.0))
+    made, said = outcome(lambda: image(ours, guidance_scale=1.0))
     assert said == []
     assert made.isfinite().all()
     same(made, expected)
@@ -251,10 +251,10 @@ def test_g25_nan_in_a_pads_embedding(tokenizers, family, stage):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_g25_nan_on_both_branches(tokenizers, name):
-    """Excluded too: a key that nobody attends to does not matter, whatever it is."""
+    """Excluded too: the values of a key that gets no attention do not matter."""
     plain, ours = tiny_pipeline(tokenizers["sd1"]), overflowing(tokenizers["sd1"])
     memkern.patch(plain, BOTH[name], stage="kv")
     memkern.patch(ours, BOTH[name], stage="kv")
-    made, said = outcome(lambda: picture(ours))
+    made, said = outcome(lambda: image(ours))
     assert said == []
-    same(made, picture(plain))
+    same(made, image(plain))

@@ -1,4 +1,4 @@
-"""Layers that an edit does not reach, by whatever keeps it away: edited or told, in that very call (G3, G27)."""
+"""Layers that an edit does not reach, whatever the cause: edited or reported, in that very call (G3, G27)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from field import (
     STAGES,
     claims,
     counts,
+    edited_image,
     edited_or_told,
-    edited_picture,
+    image,
     is_same,
     lines,
     outcome,
     pads_zeroed,
-    picture,
     same,
     told,
 )
@@ -66,7 +66,7 @@ def one_attribute(pipe):
 
 
 def layer_forward(pipe):
-    """As tools do that wrap attention layers (HyperTile, prompt-to-prompt): the processor is not asked at all."""
+    """Wrap attention layers as HyperTile or prompt-to-prompt do: the processor is not asked at all."""
     for attn in layers(pipe).values():
 
         def forward(x, encoder_hidden_states=None, attention_mask=None, attn=attn, **kwargs):
@@ -122,13 +122,13 @@ TOOLS = pytest.mark.parametrize(
 def test_g3_layers_taken_before_a_call(sd1, plain, on_unknown, tool):
     memkern.patch(sd1, POLICY, stage="kv", on_unknown=on_unknown)
     tool(sd1)
-    edited_or_told(sd1, on_unknown, lambda: picture(sd1), edited_picture(plain, POLICY))
+    edited_or_told(sd1, on_unknown, lambda: image(sd1), edited_image(plain, POLICY))
 
 
 @TOOLS
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
 def test_g3_layers_taken_inside_a_call(sd1, plain, on_unknown, tool):
-    """A callback does it after the first step; in the same call the user is told."""
+    """A callback does it after the first step; the same call warns or raises."""
 
     def callback(pipe, step, timestep, tensors):
         if step == 0:
@@ -136,22 +136,22 @@ def test_g3_layers_taken_inside_a_call(sd1, plain, on_unknown, tool):
         return {}
 
     memkern.patch(sd1, POLICY, stage="kv", on_unknown=on_unknown)
-    call = lambda: picture(sd1, callback_on_step_end=callback)  # noqa: E731
-    edited_or_told(sd1, on_unknown, call, edited_picture(plain, POLICY))
+    call = lambda: image(sd1, callback_on_step_end=callback)  # noqa: E731
+    edited_or_told(sd1, on_unknown, call, edited_image(plain, POLICY))
 
 
 @TOOLS
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_g3_at_the_embeds_stage_nothing_is_lost(sd1, plain, tool, when):
-    """The context is edited whoever reads it: nobody is told of a loss that there is not."""
+    """The context is edited, whatever reads it: no warning of a loss that there is not."""
     memkern.patch(sd1, POLICY)
     if when == "before":
         tool(sd1)
     made, said = outcome(
-        lambda: picture(sd1, callback_on_step_end=lambda pipe, step, *rest: tool(pipe) or {} if step == 0 else {})
+        lambda: image(sd1, callback_on_step_end=lambda pipe, step, *rest: tool(pipe) or {} if step == 0 else {})
     )
     assert said == []
-    same(made, edited_picture(plain, POLICY))
+    same(made, edited_image(plain, POLICY))
     assert counts(sd1) == (1, 0, 0, 0)
 
 
@@ -159,7 +159,7 @@ def test_g3_a_layer_that_is_named(sd1):
     """The message names the layer and the cause."""
     memkern.patch(sd1, POLICY, stage="kv")
     one_layer_forward(sd1)
-    _, said = outcome(lambda: picture(sd1))
+    _, said = outcome(lambda: image(sd1))
     name = list(layers(sd1))[-1]
     assert any(name in one for one in said), said
     assert name in lines(memkern.status(sd1).reached)
@@ -178,7 +178,7 @@ def test_g3_a_processor_put_in_and_back_between_two_steps(sd1, plain):
         return {}
 
     memkern.patch(sd1, POLICY, stage="kv")
-    edited_or_told(sd1, "raise", lambda: picture(sd1, callback_on_step_end=callback), edited_picture(plain, POLICY))
+    edited_or_told(sd1, "raise", lambda: image(sd1, callback_on_step_end=callback), edited_image(plain, POLICY))
 
 
 def test_g3_the_next_call_is_protected_again(sd1, plain):
@@ -186,18 +186,18 @@ def test_g3_the_next_call_is_protected_again(sd1, plain):
     attn = next(iter(layers(sd1).values()))
     one_layer = attn.forward
     layer_forward(sd1)
-    told("raise", lambda: picture(sd1))
+    told("raise", lambda: image(sd1))
     for other in layers(sd1).values():
         vars(other).pop("forward", None)
     assert attn.forward == one_layer
-    same(picture(sd1), edited_picture(plain, POLICY))
+    same(image(sd1), edited_image(plain, POLICY))
 
 
 def test_g3_a_window_leaves_layers_alone(sd1, plain):
-    """Layers outside the policy's window are not missing; a window of sizes that no layer has in a call is told."""
+    """Layers outside the policy's window are not missing; a window of sizes that no layer has in a call is reported."""
     down = lambda layer, step: layer.startswith("down")  # noqa: E731
     memkern.patch(sd1, Policy((Edit("pad", zero(), layers="down"),)))
-    made, said = outcome(lambda: picture(sd1))
+    made, said = outcome(lambda: image(sd1))
     assert said == []
     same(made, pads_zeroed(plain.tokenizer, down))
     assert counts(sd1) == (1, 0, 0, 0)
@@ -206,7 +206,7 @@ def test_g3_a_window_leaves_layers_alone(sd1, plain):
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
 def test_g3_a_size_window_that_met_no_layer(sd1, plain, on_unknown):
     memkern.patch(sd1, Policy((Edit("pad", zero(), layers="64x64"),)), on_unknown=on_unknown)
-    edited_or_told(sd1, on_unknown, lambda: picture(sd1), edited_picture(plain, POLICY), match="64")
+    edited_or_told(sd1, on_unknown, lambda: image(sd1), edited_image(plain, POLICY), match="64")
 
 
 def exchanged_unet(pipe):
@@ -223,14 +223,14 @@ def test_g27_status_tells_what_reached_the_unet(sd1, plain, name, on_unknown):
     memkern.patch(sd1, POLICY, stage="kv", on_unknown=on_unknown)
     options = LOST[name](sd1)
     LOST[name](plain)
-    made, _ = outcome(lambda: picture(sd1, **options))
+    made, _ = outcome(lambda: image(sd1, **options))
     status = memkern.status(sd1)
-    if is_same(made, picture(plain, **options)):
+    if is_same(made, image(plain, **options)):
         assert claims(status) == []
         assert counts(sd1) == (0, 0, 1, 0)
         assert lines(status.reached)
     else:
-        same(made, edited_picture(plain, POLICY, **options))
+        same(made, edited_image(plain, POLICY, **options))
         assert claims(status)
         assert counts(sd1) == (1, 0, 0, 0)
 
@@ -238,19 +238,19 @@ def test_g27_status_tells_what_reached_the_unet(sd1, plain, name, on_unknown):
 @pytest.mark.parametrize("stage", STAGES)
 def test_g27_status_claims_what_did_reach_it(sd1, stage):
     memkern.patch(sd1, POLICY, stage=stage)
-    picture(sd1)
+    image(sd1)
     status = memkern.status(sd1)
     assert claims(status)
     assert counts(sd1) == (1, 0, 0, 0)
 
 
 def test_g27_passed_embeddings_are_not_claimed(sd1, plain):
-    """Raw embeddings after a prompt that was edited: the former prompt's edits are not told of them."""
+    """Raw embeddings after a prompt that was edited: the former prompt's edits are not claimed for them."""
     cond, uncond = (part.detach() for part in plain.encode_prompt("a cat", torch.device("cpu"), 1, True))
     memkern.patch(sd1, POLICY, on_unknown="pass")
-    picture(sd1)
+    image(sd1)
     assert claims(memkern.status(sd1))
-    picture(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond)
+    image(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond)
     status = memkern.status(sd1)
     assert claims(status) == []
     assert counts(sd1) == (1, 0, 1, 0)

@@ -15,10 +15,10 @@ from field import (
     WAIT,
     between_steps,
     counts,
-    edited_picture,
+    edited_image,
+    image,
     locked,
-    picture,
-    ren_picture,
+    ren_image,
     request_copy,
     same,
 )
@@ -41,13 +41,13 @@ def test_g11_blocks_of_none_that_overlap(sd1, plain, stage):
     """The first to come is the first to go, and a third request comes in between: it is protected throughout."""
     memkern.patch(sd1, POLICY, stage=stage)
     inside, leave, left, end = (threading.Event() for _ in range(4))
-    unedited, edited = picture(plain), edited_picture(plain, POLICY)
+    unedited, edited = image(plain), edited_image(plain, POLICY)
 
     def first():
         with memkern.patched(sd1, "none"):
             inside.set()
             assert leave.wait(WAIT)
-            same(picture(sd1), unedited)
+            same(image(sd1), unedited)
         left.set()
 
     def second():
@@ -56,19 +56,19 @@ def test_g11_blocks_of_none_that_overlap(sd1, plain, stage):
             leave.set()
             assert left.wait(WAIT)
             assert end.wait(WAIT)
-            same(picture(sd1), unedited)
+            same(image(sd1), unedited)
 
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(first), pool.submit(second)]
         try:
             assert left.wait(WAIT)
-            same(picture(sd1), edited)
+            same(image(sd1), edited)
         finally:
             for event in (inside, leave, left, end):
                 event.set()
         for one in waiting:
             one.result(WAIT)
-    same(picture(sd1), edited)
+    same(image(sd1), edited)
     assert str(memkern.status(sd1).policy) == POLICY
     assert counts(sd1) == (2, 2, 0, 0)
 
@@ -77,16 +77,16 @@ def test_g11_blocks_of_none_that_overlap(sd1, plain, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_g11_a_block_around_another_requests_calls(sd1, plain, stage, way):
     """24 requests, every second one inside a block of "none": the others are protected, all of them."""
-    unedited, edited = picture(plain, steps=2), edited_picture(plain, POLICY, steps=2)
+    unedited, edited = image(plain, steps=2), edited_image(plain, POLICY, steps=2)
     sd1.tokenizer = locked(sd1.tokenizer)
     memkern.patch(sd1, POLICY, stage=stage)
 
     def request(number):
         own = request_copy(sd1)
         if number % 2:
-            return picture(own, steps=2)
+            return image(own, steps=2)
         with getattr(memkern, way)(own, "none"):
-            return picture(own, steps=2)
+            return image(own, steps=2)
 
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(request, range(24)))
@@ -101,17 +101,17 @@ def test_g11_a_call_keeps_what_it_began_with(sd1, plain, stage):
     patch = memkern.patch(sd1, POLICY, stage=stage)
     own = request_copy(sd1)
     made = between_steps(
-        lambda callback: picture(own, callback_on_step_end=callback), lambda: patch.update("zero-eot-pad")
+        lambda callback: image(own, callback_on_step_end=callback), lambda: patch.update("zero-eot-pad")
     )
-    same(made, edited_picture(plain, POLICY))
-    same(picture(sd1), edited_picture(plain, "zero-eot-pad"))
+    same(made, edited_image(plain, POLICY))
+    same(image(sd1), edited_image(plain, "zero-eot-pad"))
     assert counts(sd1) == (2, 0, 0, 0)
 
 
 @pytest.mark.parametrize("change", ["off", "another stage", "unpatched"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_g11_what_changes_in_the_middle_of_a_call(sd1, plain, stage, change):
-    """Whatever the default becomes meanwhile, the call that runs is wholly edited, or told."""
+    """Whatever the default becomes meanwhile, the call that runs is wholly edited, or raises."""
     patch = memkern.patch(sd1, POLICY, stage=stage)
 
     def meanwhile():
@@ -122,12 +122,12 @@ def test_g11_what_changes_in_the_middle_of_a_call(sd1, plain, stage, change):
         else:
             patch.remove()
 
-    call = lambda callback: picture(sd1, callback_on_step_end=callback)  # noqa: E731
+    call = lambda callback: image(sd1, callback_on_step_end=callback)  # noqa: E731
     try:
         made = between_steps(call, meanwhile)
     except memkern.UnmitigatedError:
         return
-    same(made, edited_picture(plain, POLICY))
+    same(made, edited_image(plain, POLICY))
 
 
 def share(pipe):
@@ -140,8 +140,8 @@ def share(pipe):
 def of_policy(tokenizer, policy, prompt=PROMPT):
     """The image of a policy by hand."""
     if policy == "ren:1.25":
-        return ren_picture(tokenizer, prompt=prompt)
-    return edited_picture(tiny_pipeline(tokenizer), policy, prompt)
+        return ren_image(tokenizer, prompt=prompt)
+    return edited_image(tiny_pipeline(tokenizer), policy, prompt)
 
 
 PAIRS = [
@@ -164,18 +164,18 @@ def test_g12_pipelines_that_share_a_unet(sd1, plain, pair, prompts):
         memkern.patch(pipe, policy, stage=stage)
     expected = [of_policy(plain.tokenizer, policy, prompt) for (policy, _), prompt in zip(pair, prompts, strict=True)]
     for index in (0, 1, 0, 1, 1, 0):
-        same(picture(pipes[index], prompts[index]), expected[index])
+        same(image(pipes[index], prompts[index]), expected[index])
     for pipe, (policy, _) in zip(pipes, pair, strict=True):
         assert counts(pipe) == ((0, 3, 0, 0) if policy == "none" else (3, 0, 0, 0))
     memkern.unpatch(pipes[0])
     if pair[1][0] != "none":
-        same(picture(pipes[1], prompts[1]), expected[1])
+        same(image(pipes[1], prompts[1]), expected[1])
     memkern.unpatch(pipes[1])
     after = snapshot(sd1)
     assert {key: after[key] for key in before if not key[1].startswith("_")} == {
         key: before[key] for key in before if not key[1].startswith("_")
     }
-    assert torch.equal(picture(sd1), picture(plain))
+    assert torch.equal(image(sd1), image(plain))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -186,8 +186,8 @@ def test_g12_between_each_others_steps(sd1, plain, pair):
     found = {}
 
     def other():
-        found[1] = picture(pipes[1])
+        found[1] = image(pipes[1])
 
-    found[0] = between_steps(lambda callback: picture(pipes[0], callback_on_step_end=callback), other)
+    found[0] = between_steps(lambda callback: image(pipes[0], callback_on_step_end=callback), other)
     for index, (policy, _) in enumerate(pair):
         same(found[index], of_policy(plain.tokenizer, policy))

@@ -15,12 +15,12 @@ from field import (
     STAGES,
     claims,
     counts,
+    edited_image,
     edited_or_told,
-    edited_picture,
+    image,
     lines,
     outcome,
-    picture,
-    ren_picture,
+    ren_image,
     same,
 )
 
@@ -42,7 +42,7 @@ def is_ours(thing):
 
 
 def left_behind(pipe):
-    """Whatever of memkern's is on a pipeline's parts."""
+    """Everything of memkern's on a pipeline's parts."""
     found = [name for name, processor in pipe.unet.attn_processors.items() if is_ours(processor)]
     found += [name for name, value in vars(pipe).items() if is_ours(value)]
     for part in (pipe.unet, pipe.text_encoder):
@@ -55,12 +55,12 @@ def left_behind(pipe):
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
 @pytest.mark.parametrize("stage", STAGES)
 def test_g16_the_default_processors_of_a_patched_unet(sd1, plain, stage, on_unknown):
-    """diffusers looks the class of each processor up in its lists; the loss is told, and patching again works."""
+    """diffusers looks the class of each processor up in its lists; the loss is reported, and patching again works."""
     memkern.patch(sd1, POLICY, stage=stage, on_unknown=on_unknown)
-    edited = edited_picture(plain, POLICY)
-    same(picture(sd1), edited)
+    edited = edited_image(plain, POLICY)
+    same(image(sd1), edited)
     sd1.unet.set_default_attn_processor()
-    made, _ = outcome(lambda: picture(sd1))
+    made, _ = outcome(lambda: image(sd1))
     if stage == "embeds":
         same(made, edited)
         assert counts(sd1) == (2, 0, 0, 0)
@@ -70,36 +70,36 @@ def test_g16_the_default_processors_of_a_patched_unet(sd1, plain, stage, on_unkn
     else:
         assert counts(sd1) in ((1, 0, 1, 0), (2, 0, 0, 0))
     memkern.patch(sd1, POLICY, stage=stage)
-    same(picture(sd1), edited)
+    same(image(sd1), edited)
     memkern.unpatch(sd1)
-    same(picture(sd1), picture(plain))
+    same(image(sd1), image(plain))
     assert left_behind(sd1) == []
 
 
 @pytest.mark.parametrize("on_unknown", ON_UNKNOWN)
-def test_g16_the_loss_is_told(sd1, plain, on_unknown):
+def test_g16_the_loss_is_reported(sd1, plain, on_unknown):
     memkern.patch(sd1, POLICY, stage="kv", on_unknown=on_unknown)
     sd1.unet.set_default_attn_processor()
-    edited_or_told(sd1, on_unknown, lambda: picture(sd1), edited_picture(plain, POLICY))
+    edited_or_told(sd1, on_unknown, lambda: image(sd1), edited_image(plain, POLICY))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_g16_one_default_for_every_layer_and_back(sd1, plain, stage):
-    """Slicing on and off: what was taken out stays out until it is patched again, and is never claimed."""
+    """Slicing on and off: processors taken out stay out until it is patched again; their edits are never claimed."""
     memkern.patch(sd1, POLICY, stage=stage, on_unknown="pass")
     sd1.enable_attention_slicing(1)
     sd1.disable_attention_slicing()
-    made = picture(sd1)
+    made = image(sd1)
     status = memkern.status(sd1)
     if counts(sd1) == (1, 0, 0, 0):
-        same(made, edited_picture(plain, POLICY))
+        same(made, edited_image(plain, POLICY))
         assert claims(status)
     else:
         assert stage == "kv"
         assert counts(sd1) == (0, 0, 1, 0)
         assert claims(status) == []
     memkern.patch(sd1, POLICY, stage=stage)
-    same(picture(sd1), edited_picture(plain, POLICY))
+    same(image(sd1), edited_image(plain, POLICY))
 
 
 class Slicing:
@@ -134,8 +134,8 @@ ORDERS = ["patch on unpatch off", "patch on off unpatch", "on patch off unpatch"
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
 @pytest.mark.parametrize("stage", STAGES)
 def test_g17_whatever_the_order_the_pipeline_is_its_own_again(sd1, plain, stage, tool, order):
-    """After the patch is gone, what diffusers puts back from before acts as what memkern's had replaced."""
-    before, added = picture(plain), False
+    """After unpatch, a processor of memkern that diffusers puts back acts as the one that it had replaced."""
+    before, added = image(plain), False
     for act in order.split():
         if act == "patch":
             memkern.patch(sd1, POLICY, stage=stage, on_unknown="pass")
@@ -146,20 +146,20 @@ def test_g17_whatever_the_order_the_pipeline_is_its_own_again(sd1, plain, stage,
             getattr(tool, act)(sd1)
             added = act == "on"
         if not added:
-            picture(sd1)
-    same(picture(sd1), before)
+            image(sd1)
+    same(image(sd1), before)
     memkern.patch(sd1, POLICY, stage=stage)
-    same(picture(sd1), edited_picture(plain, POLICY))
+    same(image(sd1), edited_image(plain, POLICY))
     memkern.unpatch(sd1)
-    same(picture(sd1), before)
+    same(image(sd1), before)
 
 
 @pytest.mark.parametrize("policy", [POLICY, "ren:1.25"])
 @pytest.mark.parametrize("way", ["set_attn_processor", "attribute", "a copy of the UNet", "patched again"])
 def test_g17_processors_that_were_kept_by_someone(sd1, plain, policy, way):
-    """Attend-and-Excite and others keep the processors they found and put them back whenever they are done."""
+    """Attend-and-Excite and others keep the processors that they find, and put them back when they are done."""
     memkern.patch(sd1, policy, stage="kv")
-    picture(sd1)
+    image(sd1)
     kept, copied = dict(sd1.unet.attn_processors), copy.deepcopy(sd1.unet)
     memkern.unpatch(sd1)
     if way == "set_attn_processor":
@@ -173,12 +173,12 @@ def test_g17_processors_that_were_kept_by_someone(sd1, plain, policy, way):
         memkern.patch(sd1, "zero-eot", stage="kv")
         sd1.unet.set_attn_processor(dict(kept))
         memkern.unpatch(sd1)
-    assert torch.equal(picture(sd1), picture(plain))
+    assert torch.equal(image(sd1), image(plain))
     memkern.patch(sd1, policy, stage="kv")
-    expected = ren_picture(plain.tokenizer) if policy == "ren:1.25" else edited_picture(plain, policy)
-    same(picture(sd1), expected)
+    expected = ren_image(plain.tokenizer) if policy == "ren:1.25" else edited_image(plain, policy)
+    same(image(sd1), expected)
     memkern.unpatch(sd1)
-    assert torch.equal(picture(sd1), picture(plain))
+    assert torch.equal(image(sd1), image(plain))
 
 
 def test_g17_a_former_patchs_processors_do_not_pass_for_the_new_ones(sd1, plain):
@@ -187,7 +187,7 @@ def test_g17_a_former_patchs_processors_do_not_pass_for_the_new_ones(sd1, plain)
     memkern.unpatch(sd1)
     memkern.patch(sd1, POLICY, stage="kv")
     sd1.unet.set_attn_processor(kept)
-    edited_or_told(sd1, "raise", lambda: picture(sd1), edited_picture(plain, POLICY))
+    edited_or_told(sd1, "raise", lambda: image(sd1), edited_image(plain, POLICY))
 
 
 @pytest.mark.parametrize("when", ["before patch", "after patch"])
@@ -202,24 +202,24 @@ def test_g18_projections_that_were_fused_once(sd1, plain, policy, when):
     assert all(attn.fused_projections for attn in cross)
     assert not memkern.support(sd1).kv_refusals
     memkern.patch(sd1, policy, stage="kv")
-    expected = ren_picture(plain.tokenizer) if policy == "ren:1.25" else edited_picture(plain, policy)
-    same(picture(sd1), expected)
+    expected = ren_image(plain.tokenizer) if policy == "ren:1.25" else edited_image(plain, policy)
+    same(image(sd1), expected)
     assert counts(sd1) == (1, 0, 0, 0)
     assert " fused" not in str(memkern.status(sd1))
     memkern.unpatch(sd1)
-    assert torch.equal(picture(sd1), picture(plain))
+    assert torch.equal(image(sd1), image(plain))
 
 
 def test_g18_one_layer_that_is_fused_still(sd1):
-    """Seen through means told apart: layers that are fused after patching are told of."""
+    """Fused and unfused layers are distinguished: those that are fused after patching are reported."""
     fused_qkv(sd1)
     memkern.patch(sd1, POLICY, stage="kv")
-    expected = picture(sd1)
+    expected = image(sd1)
     sd1.unfuse_qkv_projections()
     memkern.patch(sd1, POLICY, stage="kv")
-    torch.testing.assert_close(picture(sd1), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(image(sd1), expected, rtol=1e-3, atol=1e-3)
     fused_qkv(sd1)
-    _, said = outcome(lambda: picture(sd1))
+    _, said = outcome(lambda: image(sd1))
     assert said
     assert lines(memkern.status(sd1).reached)
 
@@ -251,14 +251,14 @@ def torch_saved(thing):
 def test_g22_pickled_parts_load_without_memkern(sd1, plain, stage, used, load):
     memkern.patch(sd1, POLICY, stage=stage)
     if used:
-        picture(sd1)
+        image(sd1)
     assert b"memkern" not in pickle.dumps(sd1.text_encoder)
     assert b"memkern" not in pickle.dumps(sd1.unet)
     plain.text_encoder, plain.unet = load(sd1.text_encoder), load(sd1.unet)
     kinds = {type(processor) for processor in plain.unet.attn_processors.values()}
     assert kinds <= {AttnProcessor, AttnProcessor2_0}
     memkern.unpatch(sd1)
-    assert torch.equal(picture(plain), picture(sd1))
+    assert torch.equal(image(plain), image(sd1))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -271,6 +271,6 @@ def test_g22_a_part_pickled_inside_a_call(sd1, stage):
         return {}
 
     memkern.patch(sd1, POLICY, stage=stage)
-    picture(sd1, callback_on_step_end=callback)
+    image(sd1, callback_on_step_end=callback)
     assert written
     assert not any(b"memkern" in one for one in written)

@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from field import OTHER, PROMPT, STAGES, counts, picture, told
+from field import OTHER, PROMPT, STAGES, counts, image, told
 from presets import numbered
 
 import memkern
@@ -30,33 +30,33 @@ def tells_why(status, why):
 
 def in_inference_mode(pipe):
     with torch.inference_mode():
-        picture(pipe)
+        image(pipe)
 
 
 def under_autocast(pipe):
     with torch.autocast("cpu", torch.bfloat16):
-        picture(pipe)
+        image(pipe)
 
 
 def compiled(pipe):
     torch._dynamo.reset()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    picture(pipe)
+    image(pipe)
 
 
 def compiled_in_place(pipe):
     torch._dynamo.reset()
     pipe.unet.compile(backend="eager")
-    picture(pipe)
+    image(pipe)
 
 
 def exchanged(pipe):
     pipe.unet = copy.deepcopy(tiny_pipeline(pipe.tokenizer).unet)
-    picture(pipe)
+    image(pipe)
 
 
 def with_gradients(pipe):
-    """As people tune embeddings by the image: the pipeline's own call keeps none."""
+    """Call it as for tuning embeddings by the image: the pipeline's own call keeps no gradients."""
     with torch.enable_grad():
         type(pipe).__mro__[1].__call__.__wrapped__(pipe, PROMPT, num_inference_steps=2, output_type="latent")
 
@@ -98,7 +98,7 @@ def test_g28_the_last_call_is_what_counts(sd1, name):
     call, why = NOWHERE[name]
     memkern.patch(sd1, POLICY)
     call(sd1)
-    picture(sd1)
+    image(sd1)
     assert not tells_why(memkern.status(sd1), why)
     call(sd1)
     assert tells_why(memkern.status(sd1), why)
@@ -106,7 +106,7 @@ def test_g28_the_last_call_is_what_counts(sd1, name):
 
 def test_g28_layers_that_are_computed_by_memkern_say_so(sd1):
     memkern.patch(sd1, POLICY)
-    picture(sd1)
+    image(sd1)
     status = memkern.status(sd1)
     assert set(status.layers) == {name for name, _ in sd1.unet.named_modules() if name.endswith("attn2")}
     assert not any(tells_why(status, why) for _, why in NOWHERE.values())
@@ -186,14 +186,14 @@ def test_g31_policies_go_through_json(policy):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_g31_a_record_per_call(sd1, stage, caplog):
-    """The log and the callback tell the same, once per prompt call."""
+    """The log and the callback say the same, once per prompt call."""
     records = []
     memkern.patch(sd1, POLICY, stage=stage, report=records.append)
     with caplog.at_level(logging.INFO, "memkern"):
-        picture(sd1)
-        picture(sd1, OTHER, num_images_per_prompt=2)
+        image(sd1)
+        image(sd1, OTHER, num_images_per_prompt=2)
         with memkern.using(sd1, "none"):
-            picture(sd1)
+            image(sd1)
     assert [str(record.policy) for record in records] == [POLICY, POLICY, "none"]
     assert [(record.protected, record.exempt, record.unedited, record.refused) for record in records] == [
         (1, 0, 0, 0),
@@ -223,7 +223,7 @@ def test_g31_a_record_of_what_goes_unedited(sd1, stage, on_unknown, caplog):
     records = []
     memkern.patch(sd1, POLICY, stage=stage, on_unknown=on_unknown, report=records.append)
     with caplog.at_level(logging.INFO, "memkern"):
-        told(on_unknown, lambda: picture(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
+        told(on_unknown, lambda: image(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond))
     (record,) = records
     assert (record.protected, record.exempt) == (0, 0)
     assert (record.unedited, record.refused) == ((0, 1) if on_unknown == "raise" else (1, 0))
@@ -235,25 +235,25 @@ def test_g31_a_record_of_what_goes_unedited(sd1, stage, on_unknown, caplog):
 def test_a_report_is_taken_out_by_none_and_hides_no_refusal(sd1):
     records = []
     patch = memkern.patch(sd1, POLICY, report=records.append)
-    picture(sd1)
+    image(sd1)
     memkern.patch(sd1, POLICY)
-    picture(sd1)
+    image(sd1)
     assert len(records) == 1
 
     def fail(record):
         raise ZeroDivisionError
 
     patch.update(report=fail)
-    assert picture(sd1) is not None
+    assert image(sd1) is not None
     raw = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(0))
     with pytest.raises(memkern.UnmitigatedError):
-        picture(sd1, None, prompt_embeds=raw)
+        image(sd1, None, prompt_embeds=raw)
 
 
 def test_unpatched_inside_a_probe(sd1):
     memkern.patch(sd1)
     with memkern.probe(sd1) as probe:
         memkern.unpatch(sd1)
-        picture(sd1)
+        image(sd1)
     assert all(row is None for record in probe.records for row in record.rows)
     assert not sd1.unet._forward_pre_hooks

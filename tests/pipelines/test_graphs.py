@@ -1,11 +1,11 @@
-"""Graphs of compiled UNets: one, whole, and not traced anew for another prompt, policy or adapter."""
+"""Graphs of compiled UNets: one, whole, and not traced again for another prompt, policy or adapter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from companions import ip_adapter, lora
-from field import picture
+from field import image
 
 import memkern
 from memkern.testing import tiny_pipeline
@@ -62,7 +62,7 @@ def test_d18_g29_prompts_policies_and_adapters_share_one_graph(tokenizers, way, 
                 getattr(one.unet, "_orig_mod", one.unet).set_adapter(adapter)
             for prompt in PROMPTS:
                 with memkern.using(pipe, policy), memkern.using(plain, policy):
-                    made, expected = picture(pipe, prompt), picture(plain, prompt)
+                    made, expected = image(pipe, prompt), image(plain, prompt)
                 torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
                 images.append(made)
     assert len({image.flatten()[0].item() for image in images}) == len(images)
@@ -74,7 +74,7 @@ def test_d18_g29_prompts_policies_and_adapters_share_one_graph(tokenizers, way, 
 def test_the_operator_of_a_layer(sd1):
     """A graph runs with the dtype that it was traced with, autocast's too."""
     memkern.patch(sd1)
-    picture(sd1)
+    image(sd1)
     attn = sd1.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     x, context = torch.randn(2, 16, 32), torch.randn(2, 77, 32)
     rest = [], [], None, attn.processor.number
@@ -110,15 +110,15 @@ def test_captured_streams_are_left_alone(sd1, monkeypatch):
     """A graph of a stream would replay the keys of the prompt it was captured with."""
     from memkern.pipelines.unet import keeping, site
 
-    expected = picture(sd1)
+    expected = image(sd1)
     for place in (keeping, site):
         monkeypatch.setattr(place, "is_captured", lambda x: True)
     memkern.patch(sd1, "none")
-    assert torch.equal(picture(sd1), expected)
+    assert torch.equal(image(sd1), expected)
     assert "a stream is being captured" in str(memkern.status(sd1))
     memkern.patch(sd1, "zero-pad:0.7", stage="kv")
     with pytest.raises(memkern.UnmitigatedError, match="a stream is being captured"):
-        picture(sd1)
+        image(sd1)
 
 
 @pytest.mark.parametrize("way", [pytest.param("torch.compile", marks=pytest.mark.slow), "in place", "repeated blocks"])
@@ -131,7 +131,7 @@ def test_a_lora_is_scaled_in_a_graph(tokenizers, way):
     WAYS[way][0](pipe)
     images = []
     for scale in (0.3, 1.0, 0.9):
-        made, expected = (picture(one, cross_attention_kwargs={"scale": scale}) for one in (pipe, plain))
+        made, expected = (image(one, cross_attention_kwargs={"scale": scale}) for one in (pipe, plain))
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
         images.append(made)
     assert (images[0] - images[1]).abs().max() > 1e-2
@@ -146,7 +146,7 @@ def test_what_is_set_on_a_processor_is_set_on_the_one_that_computes(tokenizers):
         for processor in one.unet.attn_processors.values():
             if hasattr(processor, "scale"):
                 processor.scale = [0.1]
-    torch.testing.assert_close(picture(pipe, **options), picture(plain, **options), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(image(pipe, **options), image(plain, **options), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("is_patched", [False, True])
@@ -157,7 +157,7 @@ def test_processors_moved_to_another_compiled_unet(tokenizers, is_patched):
         memkern.patch(other, "none")
     other.unet.set_attn_processor(pipe.unet.attn_processors)
     compile_all(other)
-    torch.testing.assert_close(picture(other), picture(plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(image(other), image(plain), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["strict export", "export", "trace"])

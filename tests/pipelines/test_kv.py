@@ -43,23 +43,23 @@ def plain(tokenizers):
 @pytest.mark.parametrize("accelerate", [True, False])
 @pytest.mark.parametrize("policy", PRESETS)
 def test_both_stages_give_the_same_image(sd1, policy, accelerate):
-    pictures = []
+    found = []
     for stage in ("embeds", "kv"):
         patch = memkern.patch(sd1, policy, stage=stage, accelerate=accelerate)
         assert patch.stage == stage
-        pictures.append(images(sd1, num_images_per_prompt=2))
-    same(*pictures)
+        found.append(images(sd1, num_images_per_prompt=2))
+    same(*found)
     memkern.patch(sd1, policy, stage="kv", accelerate=accelerate)
-    assert torch.equal(images(sd1, num_images_per_prompt=2), pictures[1])
+    assert torch.equal(images(sd1, num_images_per_prompt=2), found[1])
 
 
 @pytest.mark.parametrize("accelerate", [True, False])
 def test_without_guidance(sd1, accelerate):
-    pictures = []
+    found = []
     for stage in ("embeds", "kv"):
         memkern.patch(sd1, "zero-pad:0.7", stage=stage, accelerate=accelerate)
-        pictures.append(images(sd1, guidance_scale=1.0))
-    same(*pictures)
+        found.append(images(sd1, guidance_scale=1.0))
+    same(*found)
 
 
 @pytest.mark.parametrize("prompts", [["a cat"], PROMPTS], ids=["one", "ragged"])
@@ -128,12 +128,12 @@ def test_windows_of_both(sd1, plain):
 
 def test_zeroing_is_not_excluding(sd1):
     """A zeroed key keeps its place in the softmax; an excluded one has none: -inf is what a bias makes of it."""
-    pictures = {}
+    found = {}
     for name, action in (("zero", zero()), ("exclude", exclude()), ("bias", logit_bias(-1e4))):
         memkern.patch(sd1, Policy((Edit("pad", action),)), stage="kv")
-        pictures[name] = images(sd1)
-    different(pictures["zero"], pictures["exclude"])
-    same(pictures["bias"], pictures["exclude"])
+        found[name] = images(sd1)
+    different(found["zero"], found["exclude"])
+    same(found["bias"], found["exclude"])
 
 
 def test_many_equal_keys_are_one_with_the_log_of_their_number(sd1):
@@ -153,11 +153,11 @@ def test_nothing_of_an_edit_is_the_same_image_bit_for_bit(sd1, plain, action):
 
 
 def test_all_of_a_strength_is_zeroing(sd1):
-    pictures = []
+    found = []
     for action in (strength(1), zero()):
         memkern.patch(sd1, Policy((Edit("pad", action),)), stage="kv")
-        pictures.append(images(sd1))
-    assert torch.equal(*pictures)
+        found.append(images(sd1))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("stage", ["embeds", "kv"])
@@ -224,7 +224,7 @@ def test_a_negative_prompt_that_is_the_prompt(sd1):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("on_unknown", "raised"), [("raise", True), ("warn", False), ("pass", False)])
-def test_rows_that_nobody_encoded(sd1, plain, on_unknown, raised):
+def test_rows_that_were_not_encoded(sd1, plain, on_unknown, raised):
     memkern.patch(sd1, "ren:1.25", on_unknown=on_unknown)
     call = Direct(sd1)
     strange = torch.randn(77, 32, generator=torch.Generator().manual_seed(1))
@@ -289,14 +289,14 @@ def test_a_bias_of_to_k_and_to_v_stays_with_a_zeroed_key(sd1):
     for _, attn in cross_attention_layers(sd1.unet):
         attn.to_k.bias = torch.nn.Parameter(torch.randn(attn.to_k.out_features))
         attn.to_v.bias = torch.nn.Parameter(torch.randn(attn.to_v.out_features))
-    pictures = []
+    found = []
     for stage in ("embeds", "kv"):
         memkern.patch(sd1, "zero-eot-pad", stage=stage)
-        pictures.append(images(sd1))
-    same(*pictures)
+        found.append(images(sd1))
+    same(*found)
 
 
-def test_a_processor_put_in_since_is_told(sd1):
+def test_a_processor_put_in_since_is_reported(sd1):
     memkern.patch(sd1, "ren:1.25")
     layer = cross_attention_layers(sd1.unet)[0][1]
     layer.set_processor(AttnProcessor2_0())

@@ -1,4 +1,4 @@
-"""Five hundred generations of one pipeline, everything about them changing: no stale result, no growing memory."""
+"""Five hundred generations of one pipeline, in which everything changes: no stale result, no growing memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = "a red blue cat dog house on the moon mat astronaut riding horse".split(
 
 
 def draw(drawn):
-    """One call: prompts, a policy, a LoRA's weight, and options."""
+    """Arguments of one call: prompts, a policy, a LoRA's weight, and options."""
     prompts = [" ".join(drawn.choices(WORDS, k=drawn.randint(0, 12))) for _ in range(drawn.randint(1, 3))]
     options = {
         "guidance_scale": drawn.choice([1.0, 7.5]),

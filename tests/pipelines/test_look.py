@@ -24,7 +24,7 @@ def looks(monkeypatch):
 
 
 def per_step(family, looks, **options):
-    """Their number at the end of each step."""
+    """The number of comparisons at the end of each step."""
     found = []
 
     def callback(pipe, step, timestep, tensors):
@@ -83,7 +83,7 @@ def test_the_operator_that_looks(sd1):
 
 @pytest.mark.parametrize("way", ["torch.compile", "in place", "in a function"])
 def test_one_graph_and_no_break(tokenizers, way):
-    """At the embeds stage, whatever it is that is compiled; rows that nobody edited are seen in each."""
+    """At the embeds stage, whatever is compiled; unedited rows are noticed in each way."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = []

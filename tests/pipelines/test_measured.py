@@ -44,7 +44,7 @@ def told(monkeypatch, caplog):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Timing that takes a second and finds what the test says; what it was asked."""
+    """A timing that takes a second and gives the test's values; it returns the paths that were asked for."""
     asked = []
 
     def compare(self, found):
@@ -115,7 +115,7 @@ def test_a_shape_is_timed_once_and_another_process_reads(tmp_path, timed):
 
 
 def test_the_budget_is_a_pipelines_and_what_is_estimated_stays(tmp_path, timed):
-    """One that came later, with time left, would make another image."""
+    """A later timing, with time left, would make another image."""
     chooser = Chooser(True, 2, tmp_path)
     made = [choice(chooser, queries) for queries in (8, 16, 24)]
     assert [one.times.measured for one in made] == [True, True, False]
@@ -130,7 +130,7 @@ def test_the_budget_is_a_pipelines_and_what_is_estimated_stays(tmp_path, timed):
 
 
 def test_time_that_runs_out_midway(monkeypatch):
-    """Of what was timed by then all paths must be there twice."""
+    """By then all paths must have been timed twice."""
     seconds = iter(range(1000))
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(seconds))
     given = {"former": lambda: None, "projected": lambda: None}
@@ -165,7 +165,7 @@ PROCESSORS = [
 @pytest.mark.parametrize("projections", ["read", "called", "anew"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_timed_is_one_function_by_every_path(make, projections, dtype):
-    """And neither the layer nor any state of random numbers is touched."""
+    """Timing leaves the layer and all states of random numbers as they are."""
     attn = attention(make())
     if make is FusedAttnProcessor2_0:
         attn.fuse_projections()
@@ -268,7 +268,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_or_foreign_table_is_passed_by_and_told_once(tmp_path, timed, told, damage):
+def test_a_damaged_or_foreign_table_is_ignored_and_logged_once(tmp_path, timed, told, damage):
     choice(Chooser(True, 9, tmp_path))
     (path,) = files(tmp_path)
     whole = path.read_text()
@@ -278,7 +278,7 @@ def test_a_damaged_or_foreign_table_is_passed_by_and_told_once(tmp_path, timed, 
     choice(Chooser(True, 9, tmp_path), queries=24)
     assert len(told()) == 1
     assert f"{path} is ignored, as it is no table of this device and version: " in told()[0]
-    # What was found since is in a whole one.
+    # Times found since are in an undamaged one.
     assert len(json.loads(path.read_text())["times"]) == 2
 
 
@@ -293,8 +293,8 @@ def test_two_versions_or_cards_have_tables_of_their_own(tmp_path, timed, monkeyp
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/x", "a file"])
-def test_a_folder_that_cannot_be_written_is_passed_by_and_told_once(tmp_path, timed, told, folder):
-    """For root as well."""
+def test_a_folder_that_cannot_be_written_is_ignored_and_logged_once(tmp_path, timed, told, folder):
+    """The folder cannot be written by root either."""
     if folder == "a file":
         folder = tmp_path / "file"
         folder.write_text("")
@@ -403,7 +403,7 @@ def test_two_processes_that_write_at_once_lose_nothing_and_agree(tmp_path):
     assert not [*tmp_path.glob("*.part")]
 
 
-PICTURE = """
+IMAGE = """
 import hashlib, torch, memkern
 torch.set_num_threads(1)
 from memkern.testing import tiny_pipeline, train_tokenizer
@@ -417,34 +417,34 @@ for line in str(memkern.status(pipe)).splitlines():
 """
 
 
-def picture(folder):
+def image(folder):
     """An image's digest, and what its layers did, in a process of its own."""
     environment = {**timings.os.environ, "MEMKERN_CHOICE": "measured", "MEMKERN_CACHE": str(folder)}
-    done = subprocess.run([sys.executable, "-c", PICTURE], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", IMAGE], capture_output=True, text=True, env=environment, check=True)
     digest, *layers = done.stdout.split("\n")
     return digest, [line.partition("attn2: ")[2] for line in layers if line]
 
 
 def test_a_later_process_makes_the_same_choices_and_the_same_image(tmp_path):
-    first, layers = picture(tmp_path)
+    first, layers = image(tmp_path)
     (path,) = files(tmp_path)
-    again, read = picture(tmp_path)
+    again, read = image(tmp_path)
     assert read
     assert first == again
     assert [line.split()[0] for line in layers] == [line.split()[0] for line in read]
     assert all("from the table, " in line for line in read)
     assert not any("from the table, " in line for line in layers)
-    # It is the table that decides, whatever timing would find now.
+    # The table decides, whatever timing would find now.
     kept = json.loads(path.read_text())
     for chosen in ("former", "projected", "absorbed"):
         for entry in kept["times"].values():
             entry["ms"] = {name: 1.0 if name == chosen else 9.0 for name in timings.PATHS}
         path.write_text(json.dumps(kept))
-        assert {line.split()[0] for line in picture(tmp_path)[1]} == {chosen}
+        assert {line.split()[0] for line in image(tmp_path)[1]} == {chosen}
 
 
 def test_tune_fills_the_table_beforehand(tmp_path, timed, monkeypatch, capsys):
-    """For prompts of every length: no layer of an image is timed after it."""
+    """The table is filled for prompts of every length: no layer of an image is timed after it."""
     monkeypatch.setenv("MEMKERN_CHOICE", "measured")
     monkeypatch.setenv("MEMKERN_CACHE", str(tmp_path))
     tokenizer = train_tokenizer(["a cat"])

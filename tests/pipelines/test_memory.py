@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from field import picture
+from field import image
 
 import memkern
 from memkern.pipelines.attention import budget
@@ -22,10 +22,10 @@ def kept(pipe):
 def test_no_more_is_kept_than_there_is_room_for(tokenizers, share, stage):
     pipe, plain = (tiny_pipeline(tokenizers["sd1"]) for _ in range(2))
     memkern.patch(pipe, "zero-pad:0.7", stage=stage)
-    expected = picture(pipe)
+    expected = image(pipe)
     most = kept(pipe)
     memkern.patch(plain, "zero-pad:0.7", stage=stage, memory=int(share * most))
-    torch.testing.assert_close(picture(plain), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(image(plain), expected, rtol=1e-4, atol=1e-4)
     status = memkern.status(plain)
     assert status.kept <= share * most
     assert (status.turned_down > 0) == (share < 1)
@@ -35,17 +35,17 @@ def test_no_more_is_kept_than_there_is_room_for(tokenizers, share, stage):
 
 def test_the_default_is_a_share_of_the_device(sd1, monkeypatch):
     memkern.patch(sd1, "zero-pad:0.7")
-    picture(sd1)
+    image(sd1)
     most = kept(sd1)
     monkeypatch.setattr(budget, "_whole", lambda device: 16 * most)
-    picture(sd1)
+    image(sd1)
     assert 0 < kept(sd1) <= most / 2
 
 
 def test_a_share(sd1, monkeypatch):
     monkeypatch.setattr(budget, "_whole", lambda device: 80_000)
     memkern.patch(sd1, "zero-pad:0.7", memory=0.5)
-    picture(sd1)
+    image(sd1)
     assert 0 < kept(sd1) <= 40_000
 
 
@@ -57,12 +57,12 @@ def test_bad_budgets_are_refused(sd1, memory):
 
 
 def test_the_same_image_for_the_same_budget(tokenizers):
-    """Whatever a first request kept, a second one chooses as it did."""
+    """A second request chooses as the first one did, whatever that kept."""
     pipe = tiny_pipeline(tokenizers["sd1"])
     memkern.patch(pipe, "zero-pad:0.7", memory=20_000)
-    first = picture(pipe)
+    first = image(pipe)
     chosen = memkern.status(pipe).layers
-    assert torch.equal(picture(pipe), first)
+    assert torch.equal(image(pipe), first)
     assert memkern.status(pipe).layers == chosen
 
 
@@ -70,7 +70,7 @@ def test_a_request_gives_back_what_it_kept(sd1):
     memkern.patch(sd1, "zero-pad:0.7", memory=50_000)
     sizes = []
     for prompt in ("a cat", "a dog", "a tree"):
-        picture(sd1, prompt)
+        image(sd1, prompt)
         sizes.append(kept(sd1))
     assert len(set(sizes)) == 1
     assert 0 < sizes[0] <= 50_000

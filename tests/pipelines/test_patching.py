@@ -172,7 +172,7 @@ CLONES = pytest.mark.parametrize(
 @CLONES
 @pytest.mark.parametrize("policy", ["zero-pad:0.7", "ren:1.25"])
 def test_copies_make_the_same_images(sd1, clone, policy):
-    """At the kv stage too: what edits keys and values is put into the copy's own UNet."""
+    """The kv stage too: processors that edit keys and values are put into the copy's own UNet."""
     memkern.patch(sd1, policy)
     expected = image(sd1)
     other = clone(sd1)
@@ -225,7 +225,7 @@ def test_an_own_encode_prompt_is_kept_and_restored(sd1):
     assert sd1.encode_prompt is own
 
 
-def test_a_wrapper_put_over_ours_is_told(sd1):
+def test_a_wrapper_put_over_ours_is_reported(sd1):
     patch = memkern.patch(sd1)
     ours = sd1.encode_prompt
 
@@ -256,7 +256,7 @@ def test_an_exchanged_text_encoder_is_told_and_patched_again(sd1):
     assert not clip_embeddings(sd1.text_encoder)._forward_pre_hooks
 
 
-def test_a4_a_pipeline_that_shares_the_encoder_is_told(sd1):
+def test_a4_a_pipeline_that_shares_the_encoder_is_reported(sd1):
     memkern.patch(sd1)
     other = StableDiffusionImg2ImgPipeline.from_pipe(sd1)
     arguments = ("a cat", torch.device("cpu"), 1, True)

@@ -19,9 +19,9 @@ from fleet import (
     assert_as_it_was,
     assert_served,
     draw,
+    generate,
     in_threads,
     kinds_of,
-    paint,
     parts,
     stage_of,
 )
@@ -77,7 +77,7 @@ def test_pipelines_by_from_pipe_beside_a_patched_one(kinds, stage, run):
         way = ways[id(request)]
         own = kind.own(pipe, way)
         with asked(own, way, request):
-            return paint(own, request)
+            return generate(own, request)
 
     for found, request in zip(RUNS[run](serve, requests), requests, strict=True):
         torch.testing.assert_close(found, kind.alone(request), rtol=1e-4, atol=1e-4)
@@ -87,7 +87,7 @@ def test_pipelines_by_from_pipe_beside_a_patched_one(kinds, stage, run):
 
 @pytest.mark.parametrize("stage", ["embeds", "kv"])
 def test_update_while_requests_run(kinds, stage):
-    """From two threads: every image is that of exactly one policy, and all are protected."""
+    """Updates from two threads: every image is that of exactly one policy, and all are protected."""
     kind, policies = kinds["SD"], ["zero-pad:0.7", "zero-eot-pad", "prompt-from-eot"]
     wanted = [kind.alone(Request(policy, stage, PROMPT, 0)) for policy in policies]
     pipe = kind.make()
@@ -105,7 +105,7 @@ def test_update_while_requests_run(kinds, stage):
         changes = [changing.submit(change, shift) for shift in range(2)]
         try:
             request = Request("", "", PROMPT, 0)
-            made = in_threads(lambda _: paint(request_copy(pipe), request), range(24))
+            made = in_threads(lambda _: generate(request_copy(pipe), request), range(24))
         finally:
             over.set()
         for one in changes:
@@ -131,14 +131,14 @@ def test_patched_blocks_that_overlap_on_an_unpatched_pipeline(kinds, stage):
         with memkern.patched(pipe, policy, stage=request.stage):
             barrier.wait(60)  # all are inside
             assert memkern.status(pipe).patched
-            found = paint_in_turn(pipe, request)
+            found = generate_in_turn(pipe, request)
         return request, found
 
     turn = threading.Lock()
 
-    def paint_in_turn(pipe, request):
+    def generate_in_turn(pipe, request):
         with turn:  # one scheduler
-            return paint(pipe, request)
+            return generate(pipe, request)
 
     with ThreadPoolExecutor(4) as pool:
         for request, found in pool.map(serve, policies):
@@ -149,7 +149,7 @@ def test_patched_blocks_that_overlap_on_an_unpatched_pipeline(kinds, stage):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_exceptions_in_some_requests_are_no_matter_to_others(kinds, run):
-    """Those that fail, in a callback or by raw embeddings, are refused or raise; the rest is as ever."""
+    """Requests that fail, in a callback or by raw embeddings, raise or are refused; the rest is as usual."""
     kind, requests = kinds["SD"], draw(24, "embeds", "exceptions", prompts=PROMPTS[:2], seeds=(0,))
     for request in requests:
         kind.alone(request)
@@ -170,7 +170,7 @@ def test_exceptions_in_some_requests_are_no_matter_to_others(kinds, run):
                     own(request.prompt, num_inference_steps=2, height=16, width=16, callback_on_step_end=fail)
                 if number % 3 == 2:
                     own(prompt_embeds=raw, num_inference_steps=2, height=16, width=16)
-                return paint(own, request)
+                return generate(own, request)
         except (KeyError, memkern.UnmitigatedError) as error:
             return type(error)
 

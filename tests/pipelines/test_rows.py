@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from field import picture
+from field import image
 
 import memkern
 from memkern.pipelines.attention.rows import Rows
@@ -69,7 +69,7 @@ def test_images_of_one_prompt(tokenizers, prompt, options, stage):
     pipe, plain = (tiny_pipeline(tokenizers["sd1"]) for _ in range(2))
     memkern.patch(pipe, "zero-pad:0.7", stage=stage)
     memkern.patch(plain, "zero-pad:0.7", accelerate=False)
-    made, expected = (picture(one, prompt, **options) for one in (pipe, plain))
+    made, expected = (image(one, prompt, **options) for one in (pipe, plain))
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -79,7 +79,7 @@ def test_g30_what_is_kept_does_not_grow_with_the_images(tokenizers, stage):
     for images in (1, 4):
         pipe = tiny_pipeline(tokenizers["sd1"])
         memkern.patch(pipe, "zero-pad:0.7", stage=stage)
-        picture(pipe, num_images_per_prompt=images)
+        image(pipe, num_images_per_prompt=images)
         kept.append(memkern.status(pipe).kept)
     assert kept[0] == kept[1] > 0
 
@@ -89,6 +89,6 @@ def test_a_projection_is_called_with_each_prompt_once(sd1):
     calls = []
     attn = sd1.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     attn.to_k.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
-    picture(sd1, ["a cat", "a dog"], num_images_per_prompt=2)
+    image(sd1, ["a cat", "a dog"], num_images_per_prompt=2)
     assert calls[0] == 8, "the layer's own processor, before the context was seen again"
     assert set(calls[1:]) == {3}

@@ -166,7 +166,7 @@ def test_text_encoder_calls_of_ones_own(sdxl):
 
 
 def test_screening(sdxl):
-    """Scores of memorization are made of all that the pipeline's own call gives the UNet."""
+    """Scores of memorization are computed from all that the pipeline's own call gives the UNet."""
     sdxl.scheduler = DDIMScheduler.from_config(sdxl.scheduler.config)
     texts = ["a cat", "a photograph of two dogs"]
     passes = Passes(sdxl, texts, [torch.Generator().manual_seed(0) for _ in texts], 5)

@@ -99,7 +99,7 @@ def test_refused_arguments_leave_nothing_behind(sd1, arguments, error, message):
 
 @torch.no_grad()
 def test_status_tells_only_what_happened(sd1):
-    """Never a prompt under a policy that it was not encoded under, nor the one before a prompt it could not read."""
+    """No prompt under a policy that it was not encoded with, and not the one before a prompt that it could not read."""
     patch = memkern.patch(sd1, "zero-eot", on_unknown="pass")
     cond, _ = sd1.encode_prompt("a cat", torch.device("cpu"), 1, False)
     assert patch.status().prompts[0].edited == {"EOT zeroed": 1}

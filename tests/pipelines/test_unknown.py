@@ -1,4 +1,4 @@
-"""Prompts that cannot be classified: told, as `on_unknown` says; what memkern edited itself is recognised."""
+"""Prompts that cannot be classified raise or warn as `on_unknown` says; what memkern edited itself is recognised."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_direct_calls_of_the_text_encoder(sd1):
 
 
 @torch.no_grad()
-def test_an_encode_prompt_that_encodes_otherwise_is_told(sd1):
+def test_an_encode_prompt_that_encodes_otherwise_is_reported(sd1):
     original = sd1.encode_prompt
 
     def twice(

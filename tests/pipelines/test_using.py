@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from field import PROMPT, edited_picture, picture, same
-from fleet import DEFAULT, Request, kinds_of, paint
+from field import PROMPT, edited_image, image, same
+from fleet import DEFAULT, Request, generate, kinds_of
 
 import memkern
 from memkern.testing import tiny_pipeline
@@ -33,7 +33,7 @@ def test_using_nests_and_ends_in_any_case(kinds):
 
     def is_now(policy, stage="embeds"):
         request = Request(policy, stage, PROMPT, 0)
-        torch.testing.assert_close(paint(pipe, request), kind.alone(request), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(generate(pipe, request), kind.alone(request), rtol=1e-4, atol=1e-4)
 
     with memkern.using(pipe, "zero-pad:0.7"):
         is_now("zero-pad:0.7")
@@ -62,10 +62,10 @@ def test_using_is_of_one_pipeline_and_one_context(kinds):
     memkern.patch(other, "zero-eot-pad")
     with memkern.using(pipe, "none"):
         elsewhere = Request("zero-eot-pad", "embeds", PROMPT, 0)
-        assert torch.equal(paint(other, elsewhere), kind.alone(elsewhere))
+        assert torch.equal(generate(other, elsewhere), kind.alone(elsewhere))
         here = Request(DEFAULT, "embeds", PROMPT, 0)
         with ThreadPoolExecutor(1) as pool:  # a thread begins with a context of its own
-            assert torch.equal(pool.submit(paint, pipe, here).result(), kind.alone(here))
+            assert torch.equal(pool.submit(generate, pipe, here).result(), kind.alone(here))
 
 
 def test_using_takes_what_patch_takes(kinds):
@@ -77,7 +77,7 @@ def test_using_takes_what_patch_takes(kinds):
         with pytest.raises(ValueError), memkern.using(pipe, **wrong):
             pass
     here = Request(DEFAULT, "embeds", PROMPT, 0)
-    assert torch.equal(paint(pipe, here), kinds["SD"].alone(here))
+    assert torch.equal(generate(pipe, here), kinds["SD"].alone(here))
     memkern.unpatch(pipe)
     with pytest.raises(ValueError, match="patch"), memkern.using(pipe, "none"):
         pass
@@ -89,21 +89,21 @@ def test_blocks_of_generators_that_end_in_any_order(sd1, plain):
 
     def request(policy):
         with memkern.using(sd1, policy):
-            yield picture(sd1)
-            yield picture(sd1)
+            yield image(sd1)
+            yield image(sd1)
 
     first, second = request("none"), request("zero-pad:1")
     next(first), next(second)
     first.close()
-    same(next(second), edited_picture(plain, "zero-pad:1"))
+    same(next(second), edited_image(plain, "zero-pad:1"))
     second.close()
-    same(picture(sd1), edited_picture(plain, "zero-eot-pad"))
+    same(image(sd1), edited_image(plain, "zero-eot-pad"))
     third = request("none")
     next(third)
     thread = threading.Thread(target=third.close)
     thread.start()
     thread.join()
-    same(picture(sd1), edited_picture(plain, "zero-eot-pad"))
+    same(image(sd1), edited_image(plain, "zero-eot-pad"))
 
 
 def test_methods_kept_from_before_unpatch(sd1, plain):
@@ -114,7 +114,7 @@ def test_methods_kept_from_before_unpatch(sd1, plain):
         assert torch.equal(made, wanted)
     options = {"num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
     made = call(PROMPT, generator=torch.Generator().manual_seed(0), **options).images
-    assert torch.equal(made, picture(plain, steps=2))
+    assert torch.equal(made, image(plain, steps=2))
     assert not memkern.status(sd1).patched
     assert not sd1.unet._forward_pre_hooks
 
@@ -130,4 +130,4 @@ def test_writes_that_no_version_counts(sd1, plain, how):
     else:
         cond.numpy()[:] = raw.numpy()
     with pytest.raises(memkern.UnmitigatedError, match="prompt_embeds carries no token ids"):
-        picture(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond)
+        image(sd1, None, prompt_embeds=cond, negative_prompt_embeds=uncond)

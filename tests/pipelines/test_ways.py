@@ -56,7 +56,7 @@ def test_pag(tokenizers, stage):
 
 @pytest.mark.skipif(not LIBRARIES.is_dir(), reason="libraries that quantize are not there; `make` puts them there")
 def test_g13_quantized_weights_are_called():
-    """With the libraries themselves, in a process of their own."""
+    """The libraries themselves are used, in a process of their own."""
     found = quantized_verdicts()
     assert set(found) == {"SD", "SDXL"}
     for ways in found.values():

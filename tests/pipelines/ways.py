@@ -1,6 +1,6 @@
 """The ways in which people run a pipeline; each function prepares one, and returns options of its calls.
 
-`verdict` runs one, and says what is so: of a cell of `docs/compatibility.md`, or of a test.
+`verdict` runs one and returns its properties, for a cell of `docs/compatibility.md` or for a test.
 """
 
 from __future__ import annotations
@@ -101,17 +101,17 @@ def masked_ip_adapter(pipe, stack):
 
 
 class XFormersAttnProcessor(theirs.AttnProcessor2_0):
-    """Of the name and signature of diffusers' own, which needs the package."""
+    """A processor with the name and signature of diffusers' own, which needs the package."""
 
 
 class AttnProcessor2_0(torch.nn.Module):
-    """As IP-Adapter's own code writes it."""
+    """A processor as IP-Adapter's own code writes it."""
 
     __call__ = theirs.AttnProcessor2_0.__call__
 
 
 class Unknown(theirs.AttnProcessor2_0):
-    """One of a user's, that may compute anything."""
+    """A user's own processor, which may compute anything."""
 
 
 def with_processors(kind, pipe, stack):
@@ -180,7 +180,7 @@ def pag(pipe, stack):
 
 
 def both(*ways):
-    """One way after another."""
+    """A way that is one way after another."""
 
     def way(pipe, stack):
         return {name: value for one in ways for name, value in one(pipe, stack).items()}
@@ -222,7 +222,7 @@ if GROUP_OFFLOAD_ON_CPU:
     WAYS["group offload"] = lambda pipe, stack: group_offload(pipe)
 
 QUANTIZED = tuple(name for name in WAYS if name.startswith(("torchao", "quanto", "GGUF", "bitsandbytes")))
-"""Those that need libraries which are not for every process."""
+"""The ways that need libraries which are not for every process."""
 
 COARSE = tuple(name for name in WAYS if "autocast" in name)
 """Computed in bfloat16."""
@@ -235,8 +235,8 @@ class Verdict:
     Attributes:
         protected: whether the image is that of an unpatched pipeline that is given an edited context; None where the
             pipeline has no such way.
-        accelerated: whether all cross-attention layers are computed of what is kept.
-        told: what memkern says where one of the two is not so; empty where it says nothing.
+        accelerated: whether all cross-attention layers are computed from what is kept.
+        told: the message of memkern if one of the two is false; empty if there is none.
     """
 
     protected: bool | None

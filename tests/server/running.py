@@ -53,7 +53,7 @@ def pixels(image):
 
 
 def soon(condition, what, seconds=WAIT):
-    """Wait until `condition()` is true, and return what it was."""
+    """Wait until `condition()` is true, and return its value."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
@@ -69,11 +69,11 @@ class Numbers:
         self._values = {(sample.name, frozenset(sample.labels.values())): sample.value for sample in samples}
 
     def of(self, name, *labels):
-        """One of them, by the values of its labels; 0 where it has not been counted yet."""
+        """One of the metrics, by the values of its labels; 0 where it has not been counted yet."""
         return self._values.get((name, frozenset(labels)), 0)
 
     def since(self, before, name, *labels):
-        """The growth since the start."""
+        """The growth of a metric since `before`."""
         return self.of(name, *labels) - before.of(name, *labels)
 
 
@@ -82,7 +82,7 @@ class Server:
 
     Attributes:
         process: the one that was started.
-        early: path → what it answered before it was ready.
+        early: path → its answer before it was ready.
     """
 
     def __init__(self, process, log):
@@ -98,7 +98,7 @@ class Server:
         return [json.loads(line) for line in self._log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def ask(self, method, path, body=None, headers=None):
-        """One request, on a connection of its own."""
+        """Send one request, on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT)
         try:
             connection.request(method, path, body, headers or {})
@@ -118,7 +118,7 @@ class Server:
 
     @contextmanager
     def hanging(self, body):
-        """Ask for an image and wait for nothing; the client hangs up at the end of the block."""
+        """Ask for an image and do not wait for it; the client hangs up at the end of the block."""
         sent = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", self.port), WAIT) as line:
             head = (
@@ -137,11 +137,11 @@ class Server:
         return psutil.Process(self.process.pid).children()[0]
 
     def metrics(self):
-        """All of its numbers, now."""
+        """All metrics, now."""
         return Numbers(self.get("/metrics").body.decode())
 
     def count(self, name, *labels):
-        """One of them."""
+        """One of the metrics, now."""
         return self.metrics().of(name, *labels)
 
 

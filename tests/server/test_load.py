@@ -37,7 +37,7 @@ NOISE = {
 
 @dataclass(frozen=True)
 class Sample:
-    """Both processes after so many images: resident bytes and processor time."""
+    """Both processes after `served` images: resident bytes and processor time."""
 
     served: int
     pid: int
@@ -48,10 +48,10 @@ class Sample:
 
 
 class Load:
-    """Clients that ask until each of their requests is served, and others that are no good.
+    """Clients that ask until each of their requests is served, and faulty ones.
 
     Args:
-        server: what is loaded.
+        server: the server under load.
         requests: each is one image.
         noise: how many times each of `NOISE` is sent among them; as many clients hang up.
         kill_after: images after which the worker is killed; None does not.
@@ -64,7 +64,7 @@ class Load:
         self._lock, self._served = threading.Lock(), 0
 
     def run(self):
-        """Serve all; raises what a client met that it should not have."""
+        """Run all clients; raises the first error that one of them should not have met."""
         jobs = [lambda index=index: self._ask(index) for index in range(len(self.requests))]
         jobs += [lambda one=one: self._disturb(*one) for one in NOISE.values() for _ in range(self.noise)]
         jobs += [self._hang_up] * self.noise
@@ -93,7 +93,7 @@ class Load:
                 self._weigh()
 
     def _later(self, reply):
-        """Come again when the server says so, a little apart from the others."""
+        """Wait until the server says to retry, a little apart from the others."""
         with self._lock:
             self.errors[reply.json["error"]] += 1
         time.sleep(int(reply.headers["retry-after"]) * random.uniform(0.5, 1))
@@ -125,7 +125,7 @@ class Load:
 
 
 def draw(number, prompts, seeds):
-    """So many requests; every policy, prompt and seed in turn, shuffled."""
+    """That many requests; every policy, prompt and seed in turn, shuffled."""
     every = itertools.cycle(itertools.product(POLICIES, prompts, seeds))
     requests = [
         {"policy": policy, "prompt": prompt, "seed": seed} for policy, prompt, seed in itertools.islice(every, number)
@@ -135,7 +135,7 @@ def draw(number, prompts, seeds):
 
 
 def assert_right(load, before, *, deaths):
-    """Each image is its own request's; memkern counted all of them as protected, or as exempt where it was asked."""
+    """Each image is its own request's; memkern counted all of them as protected, or as exempt where that was asked."""
     different = {json.dumps(request): alone(request) for request in load.requests}
     for one, other in itertools.combinations(different.values(), 2):
         assert abs(one - other).max() > 8, "an image could pass for another's"
@@ -159,7 +159,7 @@ def assert_right(load, before, *, deaths):
         outcomes = ("protected", "exempt", "unedited", "refused")
         rows = {outcome: after.since(before, "memkern_rows_total", policy, outcome) for outcome in outcomes}
         good, other = ("exempt", "protected") if policy == "none" else ("protected", "exempt")
-        # What died with a worker, or with its client, was counted as far as it came.
+        # Requests that ended with a worker, or with their client, were counted as far as they got.
         assert asked <= rows[good] <= asked + load.noise
         assert (rows[other], rows["unedited"]) == (0, 0)
         assert rows["refused"] == (load.noise if policy == POLICIES[0] else 0)
@@ -185,7 +185,7 @@ def tell(load):
     print(
         f"{len(seconds)} images in {load.wall:.1f} s, {len(seconds) / load.wall:.1f} a second; "
         f"until served, waiting included: median {median:.2f} s, 95 % {late:.2f} s; "
-        f"asked to come again: {json.dumps(load.errors)}"
+        f"asked to retry: {json.dumps(load.errors)}"
     )
     if load.last_worker:
         first, last = load.last_worker[0], load.last_worker[-1]
@@ -206,7 +206,7 @@ def test_60_requests_of_64_clients():
 
 @pytest.mark.slow
 def test_1000_requests_of_64_clients():
-    """And a worker that is killed in the midst of them."""
+    """The same, with a worker that is killed in the middle."""
     with running("--queue", "32") as server:
         before = server.metrics()
         load = Load(server, draw(1000, PROMPTS, SEEDS), noise=20, kill_after=300).run()

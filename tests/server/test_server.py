@@ -63,7 +63,7 @@ def test_an_image_is_that_of_a_pipeline_alone(server, policy):
     assert reply.headers["x-memkern-rows"] == f"{protected} protected, {1 - protected} exempt, 0 unedited, 0 refused"
 
 
-def test_what_a_request_leaves_out_is_told(server):
+def test_what_a_request_leaves_out_is_in_the_reply(server):
     reply = server.post({"prompt": PROMPT})
     assert reply.headers["x-memkern-policy"] == POLICIES[0]
     again = server.post({"prompt": PROMPT, "seed": int(reply.headers["x-seed"]), "steps": STEPS})
@@ -164,7 +164,7 @@ def test_a_client_that_hangs_up_is_worked_for_no_longer(server):
 
 
 def test_a_worker_killed_in_mid_request(server):
-    """Its requests are told to come again; those that wait are served by the next worker; the server lives on."""
+    """Its requests get 503 and may retry; those that wait are served by the next worker; the server lives on."""
     starts, killed = server.count("memkern_worker_starts"), server.worker
     with ThreadPoolExecutor(THREADS + 1) as clients:
         lost = [clients.submit(server.post, LONG) for _ in range(THREADS)]
