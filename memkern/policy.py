@@ -270,15 +270,18 @@ class Policy:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number in a preset's name; it is required if it has no default."""
+    """A number in a preset's name; required if it has no default. A flag is 1, or else 0 and left out of the name."""
 
     name: str
     default: float | None = None
     minimum: float = 0.0
     maximum: float = math.inf
+    flag: bool = False
 
     def check(self, usage: str, value: float) -> float:
         """`value`, or a ValueError if it is out of range."""
+        if self.flag and value not in (0, 1):
+            raise ValueError(f"policy {usage}: {self.name} must be 0 or 1, got {number(value)}")
         if not self.minimum <= value <= self.maximum or not math.isfinite(value):
             least = "finite" if self.minimum == -math.inf else f"finite and at least {number(self.minimum)}"
             inside = f"in [{number(self.minimum)}, {number(self.maximum)}]"
@@ -302,9 +305,10 @@ class Preset:
 
     @property
     def usage(self) -> str:
-        """The string form: the name, with `:parameter` where there is one."""
-        names = ",".join(parameter.name for parameter in self.parameters)
-        return f"{self.name}:{names}" if names else self.name
+        """The string form: the name, with `:parameter` where there is one, flags in brackets."""
+        names = ",".join(parameter.name for parameter in self.parameters if not parameter.flag)
+        flags = "".join(f"[,{parameter.name}]" for parameter in self.parameters if parameter.flag)
+        return f"{self.name}:{names}{flags}" if names else self.name
 
     def policy(self, *values: float) -> Policy:
         """The policy, with the defaults of parameters that are not given."""
@@ -315,7 +319,8 @@ class Preset:
             given.append(parameter.default)
         checked = [parameter.check(self.usage, value) for parameter, value in zip(self.parameters, given, strict=True)]
         made = self.make(*checked)
-        numbers = ",".join(number(value) for value in checked)
+        named = [value for value, one in zip(checked, self.parameters, strict=True) if value or not one.flag]
+        numbers = ",".join(number(value) for value in named)
         return Policy(made.edits, made.reembed_pads, f"{self.name}:{numbers}" if numbers else self.name)
 
     def numbers(self, text: str) -> list[float]:

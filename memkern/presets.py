@@ -71,15 +71,18 @@ _ROWS = (
     ),
     Preset(
         "ren",
-        "SOT's logit times c; keys after the cond row's EOT excluded on both branches (Ren et al. 2024)",
+        "SOT's logit times c; keys after the cond row's EOT (eot = 1: from it on) excluded on both branches (Ren 2024)",
         "ℓ^sot ← c·ℓ^sot, ℓ^pad ← -∞",
-        lambda factor: Policy(
+        lambda factor, eot: Policy(
             (
                 Edit(Role.SOT, logit_scale(factor)),
-                Edit(Role.PAD, exclude(), branch="both", roles_of="cond"),
+                *(
+                    Edit(role, exclude(), branch="both", roles_of="cond")
+                    for role in ((Role.EOT, Role.PAD) if eot else (Role.PAD,))
+                ),
             )
         ),
-        (Parameter("c", 1.25),),
+        (Parameter("c", 1.25), Parameter("eot", 0.0, flag=True)),
     ),
     Preset(
         "guard",

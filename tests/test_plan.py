@@ -81,6 +81,8 @@ def test_ren():
     paired = lower("ren:1.5", uncond, "uncond", cond_roles=cond)
     assert torch.equal(paired.bias, plan.bias)
     assert (paired.k_scale == 1).all()
+    shorter = lower("ren:1.5,1", uncond, "uncond", cond_roles=cond)
+    assert [(row == -torch.inf).nonzero().flatten().tolist() for row in shorter.bias] == [list(range(11, L)), [76]]
     with pytest.raises(ValueError, match="needed to lower 'exclude PAD on both by the roles of cond' for uncond rows"):
         lower("ren:1.5", uncond, "uncond")
     with pytest.raises(ValueError, match=r"cond_roles: expected the shape of roles, \[2, 77\], got \[1, 77\]"):

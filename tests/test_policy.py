@@ -49,6 +49,8 @@ def test_parameters():
     assert Policy.parse("zero-pad") == Policy.parse("zero-pad:0.7")
     assert Policy.parse("zero-pad:0.4").edits[0].fraction == 0.4
     assert Policy.parse("ren") == Policy.parse("ren:1.25")
+    assert Policy.parse("ren:1.25,0") == Policy.parse("ren")
+    assert [str(Policy.parse(text)) for text in ("ren:2,0", "ren:2,1")] == ["ren:2", "ren:2,1"]
     assert str(Policy.parse("zero-pad:0.123456789")) == "zero-pad:0.123456789"
 
 
@@ -61,13 +63,15 @@ def test_parameters():
         ("zero-pad:-0.1", r"policy zero-pad:r: r must be in \[0, 1\], got -0.1"),
         ("zero-pad:nan", r"policy zero-pad:r: r must be in \[0, 1\], got nan"),
         ("zero-pad:half", "policy zero-pad:r: r must be a number, got 'half'"),
-        ("ren:-1", "policy ren:c: c must be finite and at least 0, got -1"),
+        ("ren:-1", r"policy ren:c\[,eot\]: c must be finite and at least 0, got -1"),
         ("guard", "policy guard:alpha,tau: alpha has no default; give it"),
         ("guard:0.2", "policy guard:alpha,tau: tau has no default; give it"),
         ("guard:0.2,x", "policy guard:alpha,tau: tau must be a number, got 'x'"),
         ("guard:0.2,1,3", "policy guard:alpha,tau: takes 2 numbers, got 'guard:0.2,1,3'"),
         ("guard:-0.2,1", "policy guard:alpha,tau: alpha must be finite and at least 0, got -0.2"),
-        ("ren:inf", "policy ren:c: c must be finite and at least 0, got inf"),
+        ("ren:inf", r"policy ren:c\[,eot\]: c must be finite and at least 0, got inf"),
+        ("ren:1,0.5", r"policy ren:c\[,eot\]: eot must be 0 or 1, got 0.5"),
+        ("ren:1,0,1", r"policy ren:c\[,eot\]: takes 2 numbers, got 'ren:1,0,1'"),
         ("zero-eot:0.5", "preset 'zero-eot' takes no parameter, got 'zero-eot:0.5'"),
     ],
 )

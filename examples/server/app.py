@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -51,7 +52,7 @@ def create_app(settings: Settings, on_end: Callable[[], None] = lambda: None) ->
     @app.post(IMAGES, response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def images(body: ImageRequest, request: Request) -> Response:
         """Generate an image, a PNG. Its policy, rows and seed are in the headers."""
-        job = job_of(body, settings)
+        job = replace(job_of(body, settings), request_id=request.state.id)
         request.state.policy, request.state.seed, request.state.steps = job.policy, job.seed, job.steps
         answer = await unless_hung_up(request, pool.run(job), settings.timeout)
         return Response(status_code=HUNG_UP) if answer is None else image_of(request, job, answer)

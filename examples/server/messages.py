@@ -22,6 +22,7 @@ class Job:
         prompt: the words; None where `prompt_embeds` stand in their place.
         prompt_embeds: embeddings made elsewhere, `[tokens, width]`.
         policy: one of the allow-list, in its words.
+        request_id: that of its request, for the worker's log.
     """
 
     prompt: str | None
@@ -31,6 +32,7 @@ class Job:
     guidance: float
     negative_prompt: str = ""
     prompt_embeds: list[list[float]] | None = None
+    request_id: str = ""
 
 
 @dataclass(frozen=True)

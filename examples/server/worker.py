@@ -64,7 +64,7 @@ class Worker:
             try:
                 answer = self._generator.generate(job, self._cancelled[number].is_set)
             except Exception as error:
-                log.exception("a job failed", extra={"job": number})
+                log.exception("a job failed", extra={"request_id": job.request_id})
                 answer = Answer("failed", Report(job.policy), f"{type(error).__name__} in the pipeline")
                 # After such an error everything on the device fails: only another process helps.
                 is_lost = isinstance(error, getattr(torch, "AcceleratorError", ()))

@@ -1,4 +1,4 @@
-"""Scores of memorization from one or two passes of the UNet on pure noise, without an image."""
+"""Scores of memorization: from one or two passes of the UNet on pure noise, and one from a whole generation."""
 
 from __future__ import annotations
 
@@ -62,16 +62,42 @@ class Passes:
         inputs = self.swapped if swapped else self._inputs
         return self._predicted(inputs, slice(len(self.texts), None), place)
 
-    def _reached(self) -> dict[str, Any]:
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A whole generation: the guidance ε(x_t, c) - ε(x_t, ∅) of every step, `[T, B, C, H, W]`, and the last step's
+        attention to EOT in the first blocks at full resolution, `[B, h, w]`.
+        """
+        self._rewind()
+        guidance: list[torch.Tensor] = []
+
+        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+            unconditional, conditional = output[0].float().chunk(2)
+            guidance.append(conditional - unconditional)
+
+        handle = self.pipe.unet.register_forward_hook(keep)
+        try:
+            with probe(self.pipe) as probed:
+                self._call(output_type="latent")
+        finally:
+            handle.remove()
+        return torch.stack(guidance), probed.last_maps()
+
+    def _call(self, **options: Any) -> None:
+        given = {"generator": self._generators, "num_inference_steps": self.steps, "guidance_scale": 7.5}
+        self.pipe(self.texts, **given | options)
+
+    def _rewind(self) -> None:
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
+
+    def _reached(self) -> dict[str, Any]:
+        self._rewind()
 
         def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args, kwargs)
 
         handle = self.pipe.unet.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.pipe(self.texts, generator=self._generators, num_inference_steps=self.steps, guidance_scale=7.5)
+            self._call()
         except _Reached as reached:
             return reached.inputs
         finally:
@@ -130,8 +156,27 @@ def entropy(passes: Passes) -> torch.Tensor:
     return mean
 
 
-SCORES: dict[str, Callable[[Passes], torch.Tensor]] = {"pads": pads, "angle": angle, "noise": noise, "entropy": entropy}
-"""Name → score `[B]` of the prompts; a high score means memorized."""
+def bright(passes: Passes) -> torch.Tensor:
+    """Chen et al. (ICLR 2025): the guidance where the image ends bright, a mean over the steps of a whole generation.
+
+    (1/T) Σ_t ‖(ε(x_t, c) - ε(x_t, ∅)) ∘ m‖ / mean(m), m the last step's attention to EOT in the first blocks at full
+    resolution.
+    """
+    guidance, ending = passes.whole()
+    mask = torch.nn.functional.interpolate(ending[:, None], guidance.shape[-2:], mode="nearest")
+    norms = torch.linalg.vector_norm((guidance * mask).flatten(2), dim=2)
+    score: torch.Tensor = norms.mean(0) / mask.flatten(1).mean(1)
+    return score
+
+
+SCORES: dict[str, Callable[[Passes], torch.Tensor]] = {
+    "pads": pads,
+    "angle": angle,
+    "noise": noise,
+    "entropy": entropy,
+    "bright": bright,
+}
+"""Name → score `[B]` of the prompts; a high score means memorized. "bright" generates whole images."""
 DEFAULT_SCORES = ("pads", "angle", "noise")
 
 

@@ -57,18 +57,18 @@ class Bench:
         (out / "bench.md").write_text(self.report(image), encoding="utf-8")
         return replace(self, files=(out / "bench.md", out / "bench.json", *([] if image is None else [image])))
 
-    def report(self, picture: Path | None = None) -> str:
+    def report(self, image: Path | None = None) -> str:
         """The page of the result, in Markdown.
 
         Args:
-            picture: the path of the plot, if there is one.
+            image: the path of the plot, if there is one.
         """
         machine = {**self.versions["versions"], "build": self.versions["build"]}
         machine |= {f"backend {name}": state for name, state in self.versions["backends"].items()}
         machine |= {f"failed {place}": failure for place, failure in enumerate(self.versions["failures"])}
         parts = {
             "# memkern bench": table(self.runs),
-            "": NO_PLOT if picture is None else f"![ratios]({picture.name})",
+            "": NO_PLOT if image is None else f"![ratios]({image.name})",
             "## Settings": described(self.settings),
             "## Layers": layers(self.runs),
             "## Installation": described(machine),

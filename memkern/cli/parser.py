@@ -74,7 +74,7 @@ def _screen(commands: Any) -> None:
     of_model(screen)
     screen.add_argument("--prompts", type=Path, help="as for audit; a column memorized or label is compared to scores")
     screen.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
-    scores = "some of pads, angle, noise, entropy; the first sorts the table (default: %(default)s)"
+    scores = "some of pads, angle, noise, entropy, bright; the first sorts the table (default: %(default)s)"
     screen.add_argument("--scores", default="pads,angle,noise", type=words, help=scores)
     screen.add_argument("--seeds", type=seeds, default="0", help="of the noise (default: %(default)s)")
     screen.add_argument("--batch", type=int, default=8, help="prompts at once (default: %(default)s)")

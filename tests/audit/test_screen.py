@@ -121,6 +121,40 @@ def test_entropy_is_that_of_the_attention(pipe):
     torch.testing.assert_close(found(pipe, "entropy"), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_bright_is_the_guidance_where_the_image_ends_bright(pipe):
+    """Each prompt's own generation by hand: guidance of every step, and the last attention to EOT."""
+    layers = {name: layer for name, layer in pipe.unet.named_modules() if name.endswith("attn2")}
+    block = next(iter(layers)).split(".")[:2]
+    first = [layer for name, layer in layers.items() if name.split(".")[:2] == block]
+    expected = []
+    for text in TEXTS:
+        maps, end = [], int(pipe.tokenizer(text, return_tensors="pt").attention_mask.sum()) - 1
+
+        def before(attn, args, kwargs, maps=maps, end=end):
+            x, context = args[0] if args else kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+            q, k = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (attn.to_q(x), attn.to_k(context)))
+            maps.append((q @ k.transpose(-1, -2) * attn.scale).softmax(-1).mean(1)[-1, :, end])
+
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in first]
+        cond, uncond = pipe.encode_prompt(text, "cpu", 1, True)[:2]
+        context, norms = torch.cat([uncond, cond]), []
+        pipe.scheduler.set_timesteps(50)
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            for time in pipe.scheduler.timesteps:
+                maps.clear()
+                without, given = pipe.unet(torch.cat([x, x]), time, context, return_dict=False)[0].chunk(2)
+                norms.append(given - without)
+                x = pipe.scheduler.step(without + 7.5 * (given - without), time, x).prev_sample
+        for handle in handles:
+            handle.remove()
+        mask = torch.stack(maps).mean(0)
+        mask = mask.view(1, 1, *[round(len(mask) ** 0.5)] * 2)
+        mask = torch.nn.functional.interpolate(mask, (16, 16), mode="nearest")[0, 0]
+        expected.append(torch.stack([(one * mask).norm() for one in norms]).mean() / mask.mean())
+    torch.testing.assert_close(found(pipe, "bright"), torch.stack(expected), rtol=1e-3, atol=1e-3)
+
+
 def test_the_pipeline_is_as_it_was(pipe):
     hooks = len(pipe.unet._forward_pre_hooks)
     for name in SCORES:
@@ -214,7 +248,7 @@ def test_two_processes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--scores none", "scores: expected some of pads, angle, noise, entropy, got none"),
+        ("--scores none", "scores: expected some of pads, angle, noise, entropy, bright, got none"),
         ("--limit 0", "limit: expected at least 1 prompt, got 0"),
         ("--batch 0", "batch: expected at least 1, got 0"),
         ("--model some/model", "prompts: a file of prompts is needed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import signal
 import subprocess
@@ -18,9 +19,12 @@ pytest.importorskip("prometheus_client", reason="the server's requirements are n
 
 from running import POLICIES, ROOT, STEPS, alone, running, soon
 
+from examples.server import messages
 from examples.server.app import unless_hung_up
 from examples.server.errors import Refusal
+from examples.server.messages import Job
 from examples.server.settings import Settings, parse
+from examples.server.worker import Worker
 from memkern import demo
 
 PROMPT = demo.memorized()[0][0]
@@ -239,6 +243,25 @@ def test_a_worker_that_cannot_start_ends_the_server():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)
     assert done.returncode == 1
     assert "zero-pads" in done.stderr.splitlines()[-1]
+
+
+def test_an_error_in_the_pipeline_is_logged_under_its_request(caplog):
+    """The client sees the error's type and its request's id; the traceback stays in the log, under that id."""
+    out = io.BytesIO()
+
+    def generate(job, is_cancelled):
+        raise ZeroDivisionError("secret")
+
+    worker = Worker(SimpleNamespace(generate=generate), 1, out)
+    job = Job("a cat", "none", seed=0, steps=1, guidance=7.5, request_id="0123456789abcdef")
+    worker.take(json.loads(messages.write_job(7, job)))
+    worker._threads.shutdown()
+    (line,) = out.getvalue().splitlines()
+    answer = messages.read_answer(json.loads(line))
+    assert (answer.kind, answer.reason) == ("failed", "ZeroDivisionError in the pipeline")
+    (logged,) = caplog.records
+    assert logged.request_id == "0123456789abcdef"
+    assert logged.exc_info[0] is ZeroDivisionError
 
 
 def test_time_is_up():

@@ -121,13 +121,30 @@ class Probe:
         last steps (Chen et al., "Exploring Local Memorization in Diffusion Models via Bright Ending Attention", 2025).
         """
         found: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for record in self.records:
-            for index, row in enumerate(record.rows):
-                if record.map is not None and row is not None and row.branch == branch:
-                    found[record.step].append(record.map[index])
-        if not found:
-            raise ValueError(f"maps: no layer was called for a {branch} row that the pipeline encoded")
+        for step, maps in self._maps("maps", branch):
+            found[step].extend(maps)
         return torch.stack([torch.stack(found[step]).mean(0).cpu() for step in sorted(found)])
+
+    def last_maps(self, branch: Branch = "cond") -> torch.Tensor:
+        """The attention that each place gives to EOT in the last step, for each row of the branch: `[B, h, w]`.
+
+        As `maps`, a mean over layers and heads.
+        """
+        found = self._maps("last_maps", branch)
+        last = max(step for step, _ in found)
+        return torch.stack([torch.stack(maps) for step, maps in found if step == last]).mean(0).cpu()
+
+    def _maps(self, name: str, branch: Branch) -> list[tuple[int, list[torch.Tensor]]]:
+        """The step and the branch's rows of each recorded map."""
+        found = []
+        for record in self.records:
+            if record.map is not None:
+                rows = zip(record.rows, record.map, strict=True)
+                if maps := [one for row, one in rows if row is not None and row.branch == branch]:
+                    found.append((record.step, maps))
+        if not found:
+            raise ValueError(f"{name}: no layer was called for a {branch} row that the pipeline encoded")
+        return found
 
     def plot_maps(self, path: str | Path, branch: Branch = "cond", count: int = 8) -> None:
         """Write an image of `count` of the `maps`, evenly spread over the steps. Needs matplotlib."""
