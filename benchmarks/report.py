@@ -23,7 +23,7 @@ WHOLE = {
 
 def page(run: dict) -> str:
     """The summary, then every row; the site includes either by its marks."""
-    parts = {"summary": whole(run) + speedups(run), "rows": rows(run) + rates(run)}
+    parts = {"summary": whole(run) + speedups(run), "rows": grid(run) + rows(run) + rates(run)}
     marked = [
         "\n".join([f"<!-- --8<-- [start:{name}] -->", *lines, f"<!-- --8<-- [end:{name}] -->"])
         for name, lines in parts.items()
@@ -60,14 +60,29 @@ def rows(run: dict) -> list[str]:
     return lines
 
 
+def grid(run: dict) -> list[str]:
+    """The layers of `bench_grid.py`: a row per layer and dtype, a column per preset and batch."""
+    cells = {(one["grid"], f"{one['preset']}, {one['batch']}"): one["ratio"] for one in _grid(run)}
+    if not cells:
+        return []
+    layers, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    lines = [f"| time over unpatched, cold caches | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    lines += [f"| {layer} | {' | '.join(f'{cells[layer, one]:.2f}' for one in columns)} |" for layer in layers]
+    return [*lines, "", f"The largest of {len(cells)} is {max(cells.values()):.3f}.", ""]
+
+
+def _grid(run: dict) -> list[dict]:
+    return [bench["extra_info"] for bench in run["benchmarks"] if "grid" in bench["extra_info"]]
+
+
 def _ratio(bench: dict) -> str:
     low, high = bench["extra_info"]["ratio_quartiles"]
     return f"{bench['extra_info']['ratio']:.3f} ({low:.3f}–{high:.3f})"
 
 
 def compared(run: dict) -> list[dict]:
-    """The benchmarks that time memkern against something."""
-    return [bench for bench in run["benchmarks"] if "ratio" in bench["extra_info"]]
+    """The benchmarks that time memkern against something; those of the grid have a table of their own."""
+    return [one for one in run["benchmarks"] if "ratio" in one["extra_info"] and "grid" not in one["extra_info"]]
 
 
 def rates(run: dict) -> list[str]:

@@ -42,6 +42,13 @@ _ROWS = (
         lambda ratio: Policy((Edit(Role.PAD, zero(), fraction=ratio),)),
         (Parameter("r", 0.7, maximum=1.0),),
     ),
+    Preset(
+        "zero-pad-last",
+        "the last int(min(d, d·r)) of the d PAD positions zeroed (not published; found by `memkern sweep`)",
+        "v^pad_i ← 0 for i > d - ⌊d·r⌋",
+        lambda ratio: Policy((Edit(Role.PAD, zero(), fraction=ratio, order="last"),)),
+        (Parameter("r", 0.9, maximum=1.0),),
+    ),
     Preset("zero-eot", "EOT zeroed (f)", "v^eot ← 0", _edits(zero(), Role.EOT)),
     Preset("zero-eot-pad", "EOT and PAD zeroed (a)", "v^eot, v^pad ← 0", _edits(zero(), Role.EOT, Role.PAD)),
     Preset("zero-prompt", "PROMPT zeroed (c)", "v^pr ← 0", _edits(zero(), Role.PROMPT)),

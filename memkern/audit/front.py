@@ -42,7 +42,16 @@ class Candidate:
     @property
     def worst(self) -> float:
         """The largest loss of any measure."""
-        return max(mean for mean, _, _ in self.loss.values())
+        return max(self._losses)
+
+    @property
+    def total(self) -> float:
+        """The sum of the losses of all measures."""
+        return sum(self._losses)
+
+    @property
+    def _losses(self) -> list[float]:
+        return [mean for mean, _, _ in self.loss.values()]
 
 
 @dataclass(frozen=True)
@@ -82,16 +91,21 @@ def fronted(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [replace(one, front=not beaten(one)) for one in candidates]
 
 
-def ordered(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates, the front first, then by the sum of similarity and loss."""
-    return sorted(candidates, key=lambda one: (not one.front, one.similarity + one.worst, one.method.name))
+def ordered(candidates: Sequence[Candidate], max_copies: float) -> list[Candidate]:
+    """The candidates, the front first, then by the sum of the copies above `max_copies` and the largest loss."""
+
+    def key(one: Candidate) -> tuple[Any, ...]:
+        above = max(0.0, one.copies.mean - max_copies)
+        return not one.front, above + one.worst, one.total, one.similarity, one.method.name
+
+    return sorted(candidates, key=key)
 
 
 def best(candidates: Sequence[Candidate], max_copies: float) -> Candidate:
     """The candidate with the least loss among those with few enough copies; if none, with the fewest copies."""
     few = [one for one in candidates if one.copies.mean <= max_copies]
     if few:
-        return min(few, key=lambda one: (one.worst, one.similarity))
+        return min(few, key=lambda one: (one.worst, one.total, one.similarity))
     return min(candidates, key=lambda one: (one.copies.mean, one.worst))
 
 

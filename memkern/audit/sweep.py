@@ -24,7 +24,7 @@ from .protocol import Protocol, protocol
 from .results import COPY
 from .summary import Summary, interval
 
-DEFAULT_PATTERNS = ("swap-pad", "swap-pad-zero-eot", "zero-pad:{0.6..1.0:0.05}")
+DEFAULT_PATTERNS = ("swap-pad", "swap-pad-zero-eot", "zero-pad:{0.6..1.0:0.05}", "zero-pad-last:{0.6..1.0:0.05}")
 BATCH = 8
 RUNGS, LEAST = 3, 6
 """The number of rounds, and the least number of policies in the last one."""
@@ -106,7 +106,7 @@ def sweep(
         measurer = _Measurer(pipe, out, made, judge, quiet)
         for prompts_of_round, last in _rounds(of):
             measured = measurer.measured(candidates, prompts_of_round, made.seeds)
-            found = ordered(measured)
+            found = ordered(measured, max_copies)
             if not last:
                 kept = {one.method.name for one in found[: max(LEAST, -(-len(found) // 2))]}
                 candidates = [one for one in candidates if one[0].name in kept]

@@ -85,7 +85,7 @@ def test_the_front_is_what_no_other_beats():
         candidate("zero-pad:0.5", 0.02, 0.25),
         candidate("zero-pad:0.6", 0.6, 0.3),
     ]
-    found = ordered(fronted(given))
+    found = ordered(fronted(given), 0.03)
     assert {one.method.name for one in found if one.front} == {f"zero-pad:0.{n}" for n in (1, 2, 4, 5)}
     assert [one.front for one in found] == [True] * 4 + [False] * 2
     assert best(found, 0.03).method.name == "zero-pad:0.5", "few enough copies, and the least loss of those"
