@@ -18,6 +18,7 @@ STRING_FORMS = {
     "zero-pad:0.7": Policy((Edit("pad", zero(), fraction=0.7),)),
     "zero-eot": Policy((Edit("eot", zero()),)),
     "zero-pad:1": Policy((Edit("pad", zero()),)),
+    "zero-pad-last:0.9": Policy((Edit("pad", zero(), fraction=0.9, order="last"),)),
     "zero-eot-pad": Policy((Edit("eot", zero()), Edit("pad", zero()))),
     "zero-prompt": Policy((Edit("prompt", zero()),)),
     "prompt-from-eot": Policy((Edit("prompt", replace("eot")),)),

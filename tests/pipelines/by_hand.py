@@ -15,6 +15,7 @@ PRESETS = [
     "zero-pad:0.7",
     "zero-pad:0.4",
     "zero-pad:1",
+    "zero-pad-last:0.9",
     "zero-eot",
     "zero-eot-pad",
     "zero-prompt",
@@ -56,6 +57,8 @@ def edit(row, eot, policy):
         row[eot] = 0
     elif name == "zero-pad":
         row[eot + 1 : eot + 1 + int(min(d, d * float(number)))] = 0
+    elif name == "zero-pad-last":
+        row[77 - int(min(d, d * float(number))) : 77] = 0
     elif name == "zero-eot-pad":
         row[eot:] = 0
     elif name == "zero-prompt":
