@@ -55,6 +55,6 @@ def test_unet_step(benchmark, zeroed, dtype, again):
         return model(sample, 500, context if again else context.clone())
 
     step(ours), step(ours)
-    compare(benchmark, lambda: step(ours), lambda: step(formers), named="unpatched", rounds=8)
+    compare(benchmark, lambda: step(ours), lambda: step(formers), named="unpatched", rounds=15)
     step(ours)
     holder.site.release(holder)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 WHOLE = {
     "unet_step": "denoising step of SD 1.5's UNet",
-    "compiled": "the same, compiled",
-    "inference_mode": "the same, in inference mode",
-    "autocast": "the same, under autocast",
+    "compiled": "a step, compiled",
+    "inference_mode": "a step in inference mode",
+    "autocast": "a step under autocast",
     "encode_prompt": "`encode_prompt`",
     "host": "host time of a small layer",
 }
@@ -23,10 +23,11 @@ WHOLE = {
 
 def page(run: dict) -> str:
     """The summary, then every row; the site includes either by its marks."""
-    parts = {"summary": whole(run) + speedups(run), "rows": grid(run) + rows(run) + rates(run)}
+    parts = {"summary": whole(run) + speedups(run), "grid": grid(run), "rows": rows(run) + rates(run)}
     marked = [
         "\n".join([f"<!-- --8<-- [start:{name}] -->", *lines, f"<!-- --8<-- [end:{name}] -->"])
         for name, lines in parts.items()
+        if lines
     ]
     return "\n\n".join(marked) + "\n"
 
@@ -68,7 +69,7 @@ def grid(run: dict) -> list[str]:
     layers, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
     lines = [f"| time over unpatched, cold caches | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     lines += [f"| {layer} | {' | '.join(f'{cells[layer, one]:.2f}' for one in columns)} |" for layer in layers]
-    return [*lines, "", f"The largest of {len(cells)} is {max(cells.values()):.3f}.", ""]
+    return [*lines, "", f"The largest of {len(cells)} is {max(cells.values()):.3f}."]
 
 
 def _grid(run: dict) -> list[dict]:
