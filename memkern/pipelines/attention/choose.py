@@ -238,11 +238,14 @@ def estimates(layer: Layer, x: torch.Tensor, source: Source, context_width: int)
     if found is not None:
         return found
     paths: tuple[Path, ...] = get_args(Path)
-    return {path: 1e3 * seconds(path, *sizes, counts, length, _rates(x), dtype.itemsize) for path in paths}
+    return {path: 1e3 * seconds(path, *sizes, counts, length, _rates(x, path), dtype.itemsize) for path in paths}
 
 
-def _rates(x: torch.Tensor) -> Rates:
-    return RATES["cpu" if x.device.type == "cpu" else "cuda", min(4, compute_dtype(x).itemsize)]
+def _rates(x: torch.Tensor, path: Path = "former") -> Rates:
+    device, dtype = "cpu" if x.device.type == "cpu" else "cuda", compute_dtype(x)
+    # On the CPU, A and VO of a float16 layer are float32, and so are the products with them.
+    is_wide = path == "absorbed" and device == "cpu" and dtype == torch.float16
+    return RATES[device, 4 if is_wide else min(4, dtype.itemsize)]
 
 
 def fastest(times: Times) -> Path:
