@@ -24,12 +24,13 @@ LENGTH, SOT, EOT, WORDS = 77, 49406, 49407, 10
 def context(preset: str, batch: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Edited embeddings `[batch, 77, width]`: one negative for the first half, a prompt for each row of the second."""
     half = batch // 2
+    edits = preset.removeprefix("swap-pad-")  # pads as "!" are rows like others, and change no time
     ids = torch.full((half, LENGTH), EOT)
     ids[:, 0] = SOT
     negative = torch.randn(1, LENGTH, width).repeat(half, 1, 1).to(dtype)
-    uncond = apply_policy(negative, ids, preset.replace("swap-pad-", ""), branch="uncond")
+    uncond = apply_policy(negative, ids, edits, branch="uncond")
     ids[:, 1 : 1 + WORDS] = torch.arange(WORDS) + 1000
-    cond = apply_policy(torch.randn(half, LENGTH, width).to(dtype), ids, preset.replace("swap-pad-", ""))
+    cond = apply_policy(torch.randn(half, LENGTH, width).to(dtype), ids, edits)
     return torch.cat([uncond, cond])
 
 

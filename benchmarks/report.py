@@ -63,17 +63,14 @@ def rows(run: dict) -> list[str]:
 
 def grid(run: dict) -> list[str]:
     """The layers of `bench_grid.py`: a row per layer and dtype, a column per preset and batch."""
-    cells = {(one["grid"], f"{one['preset']}, {one['batch']}"): one["ratio"] for one in _grid(run)}
+    found = [bench["extra_info"] for bench in run["benchmarks"] if "grid" in bench["extra_info"]]
+    cells = {(one["grid"], f"{one['preset']}, {one['batch']}"): one["ratio"] for one in found}
     if not cells:
         return []
     layers, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
     lines = [f"| time over unpatched, cold caches | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     lines += [f"| {layer} | {' | '.join(f'{cells[layer, one]:.2f}' for one in columns)} |" for layer in layers]
     return [*lines, "", f"The largest of {len(cells)} is {max(cells.values()):.3f}."]
-
-
-def _grid(run: dict) -> list[dict]:
-    return [bench["extra_info"] for bench in run["benchmarks"] if "grid" in bench["extra_info"]]
 
 
 def _ratio(bench: dict) -> str:

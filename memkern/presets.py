@@ -44,7 +44,7 @@ _ROWS = (
     ),
     Preset(
         "zero-pad-last",
-        "the last int(min(d, d·r)) of the d PAD positions zeroed (not published; found by `memkern sweep`)",
+        "the last int(min(d, d·r)) of the d PAD positions zeroed (ours, not published)",
         "v^pad_i ← 0 for i > d - ⌊d·r⌋",
         lambda ratio: Policy((Edit(Role.PAD, zero(), fraction=ratio, order="last"),)),
         (Parameter("r", 0.9, maximum=1.0),),

@@ -94,18 +94,18 @@ def fronted(candidates: Sequence[Candidate]) -> list[Candidate]:
 def ordered(candidates: Sequence[Candidate], max_copies: float) -> list[Candidate]:
     """The candidates, the front first, then by the sum of the copies above `max_copies` and the largest loss."""
 
-    def key(one: Candidate) -> tuple[Any, ...]:
-        above = max(0.0, one.copies.mean - max_copies)
-        return not one.front, above + one.worst, one.total, one.similarity, one.method.name
+    return sorted(candidates, key=lambda one: (not one.front, *_cost(one, max_copies), one.method.name))
 
-    return sorted(candidates, key=key)
+
+def _cost(one: Candidate, max_copies: float) -> tuple[float, float, float]:
+    return max(0.0, one.copies.mean - max_copies) + one.worst, one.total, one.similarity
 
 
 def best(candidates: Sequence[Candidate], max_copies: float) -> Candidate:
     """The candidate with the least loss among those with few enough copies; if none, with the fewest copies."""
     few = [one for one in candidates if one.copies.mean <= max_copies]
     if few:
-        return min(few, key=lambda one: (one.worst, one.total, one.similarity))
+        return min(few, key=lambda one: _cost(one, max_copies))
     return min(candidates, key=lambda one: (one.copies.mean, one.worst))
 
 

@@ -1,4 +1,4 @@
-"""`memkern screen`: the prompts of a list that a model memorized, by scores that need no image."""
+"""`memkern screen`: the prompts of a list that a model memorized, by scores of which one alone needs an image."""
 
 from __future__ import annotations
 
