@@ -93,7 +93,6 @@ def fronted(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def ordered(candidates: Sequence[Candidate], max_copies: float) -> list[Candidate]:
     """The candidates, the front first, then by the sum of the copies above `max_copies` and the largest loss."""
-
     return sorted(candidates, key=lambda one: (not one.front, *_cost(one, max_copies), one.method.name))
 
 
