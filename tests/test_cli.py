@@ -210,3 +210,12 @@ def test_numbers_of_a_preset_stay_with_it():
     assert split("none,guard:0.2,1.5,zero-pad:0.7") == ["none", "guard:0.2,1.5", "zero-pad:0.7"]
     assert split("zero-pad:0.7, none") == ["zero-pad:0.7", "none"]
     assert split("guard:0.2,1e-1, guard:.2,-1E+2 ,none") == ["guard:0.2,1e-1", "guard:.2,-1E+2", "none"]
+
+
+def test_output_that_nobody_reads_to_the_end():
+    """`memkern presets | head -1` ends without a traceback."""
+    command = [sys.executable, "-c", "import sys; from memkern.cli import main; sys.exit(main(['presets']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

@@ -69,7 +69,7 @@ def _audit(commands: Any) -> None:
 
 
 def _screen(commands: Any) -> None:
-    about = "find the prompts of a list that a model memorized, by scores that (except bright) need no image; continues if run again"
+    about = "find the prompts of a list that a model memorized, most scores without an image; continues if run again"
     screen = commands.add_parser("screen", help=about)
     of_model(screen)
     screen.add_argument("--prompts", type=Path, help="as for audit; a column memorized or label is compared to scores")
