@@ -17,6 +17,7 @@ import memkern
 from memkern.testing import tiny_pipeline
 
 POLICIES = ["swap-pad-zero-eot", "zero-pad:0.7"]
+PAIRS = 21
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,14 +34,14 @@ def compiled():
 def test_compiled(benchmark, policy):
     ours, theirs = compiled()
     with memkern.patched(ours, policy):
-        compare(benchmark, stepper(ours), stepper(theirs), named="compiled, unpatched", rounds=15)
+        compare(benchmark, stepper(ours), stepper(theirs), named="compiled, unpatched", rounds=PAIRS)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_inference_mode(benchmark, policy):
     ours, theirs = pipelines()
     with memkern.patched(ours, policy), torch.inference_mode():
-        compare(benchmark, stepper(ours), stepper(theirs), named="unpatched", rounds=15)
+        compare(benchmark, stepper(ours), stepper(theirs), named="unpatched", rounds=PAIRS)
 
 
 @torch.no_grad()
@@ -50,4 +51,4 @@ def test_autocast(benchmark, policy):
     tokenizer, model = pipelines()[0].tokenizer, unet(torch.float32)
     ours, theirs = (tiny_pipeline(tokenizer, width=768, unet=copy.deepcopy(model)) for _ in range(2))
     with memkern.patched(ours, policy), torch.autocast("cpu", torch.bfloat16):
-        compare(benchmark, stepper(ours, torch.float32), stepper(theirs, torch.float32), named="unpatched", rounds=15)
+        compare(benchmark, stepper(ours, torch.float32), stepper(theirs, torch.float32), named="unpatched", rounds=PAIRS)

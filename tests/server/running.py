@@ -97,6 +97,16 @@ class Server:
         """The lines of its log that are complete."""
         return [json.loads(line) for line in self._log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
+    def logged(self, *replies):
+        """The log's lines of these requests; they, and what is counted, may come a moment after the replies."""
+        ids = [reply.headers["x-request-id"] for reply in replies]
+
+        def lines():
+            known = {line["request_id"]: line for line in self.logs() if line["message"] == "request"}
+            return known.keys() >= set(ids) and [known[one] for one in ids]
+
+        return soon(lines, "the requests are logged")
+
     def ask(self, method, path, body=None, headers=None):
         """Send one request, on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT)

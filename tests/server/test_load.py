@@ -151,6 +151,7 @@ def assert_right(load, before, *, deaths):
         assert reply.headers["x-memkern-policy"] == request["policy"]
         assert reply.headers["x-memkern-rows"].startswith(f"{protected} protected, {1 - protected} exempt, 0 unedited")
     soon(lambda: load.server.count("memkern_places", "generating") == 0, "all is done")
+    load.server.logged(*load.replies)
     after = load.server.metrics()
     for policy in POLICIES:
         asked = sum(request["policy"] == policy for request in load.requests)

@@ -123,14 +123,14 @@ def test_what_would_go_unedited_is_not_generated(server, policy):
     reply = server.post({"prompt_embeds": [[0.5] * WIDTH] * 77, "policy": policy})
     assert (reply.status, reply.json["error"]) == (422, "unedited")
     assert "would not be protected" in reply.json["reason"]
+    server.logged(reply)
     assert server.count("memkern_rows_total", policy, "refused") == before + 1
     assert server.count("memkern_rows_total", policy, "unedited") == 0
 
 
 def test_metrics_are_memkerns_reports(server):
     before, policy = server.metrics(), "zero-pad:0.7"
-    server.post(asked(policy, 1))
-    server.post(asked("none", 1))
+    server.logged(server.post(asked(policy, 1)), server.post(asked("none", 1)))
     after = server.metrics()
 
     def more(*name):
@@ -201,9 +201,8 @@ def test_a_worker_that_hangs_is_replaced(server):
 
 
 def test_logs_are_one_object_a_line_and_have_no_prompt(server):
-    server.post({"prompt": "xylophone", "policy": "none"})
+    [last] = server.logged(server.post({"prompt": "xylophone", "policy": "none"}))
     lines = server.logs()
-    last = next(line for line in reversed(lines) if line["message"] == "request")
     assert last.items() >= {"method": "POST", "path": "/v1/images", "status": 200, "policy": "none"}.items()
     assert last["rows"].startswith("0 protected, 1 exempt")
     assert any(line["logger"] == "memkern" for line in lines)
