@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from configurations import VIT_L, VOCABULARY
 from pairs import compare
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import memkern
 from memkern.testing import tiny_pipeline, train_tokenizer
-
-VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 
 
 def pipeline():
@@ -18,7 +17,7 @@ def pipeline():
     tokenizer = train_tokenizer(["a photograph of an astronaut riding a horse"])
     torch.manual_seed(0)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **VIT_L, **ids)).eval()
+    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=VOCABULARY, **VIT_L, **ids)).eval()
     return tiny_pipeline(tokenizer, width=VIT_L["hidden_size"], text_encoder=text_encoder)
 
 

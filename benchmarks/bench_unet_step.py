@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from configurations import SD15_UNET
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from pairs import compare
@@ -17,10 +18,7 @@ from memkern.testing import SiteHolder
 def unet(dtype: torch.dtype) -> UNet2DConditionModel:
     """SD 1.5's configuration."""
     torch.manual_seed(0)
-    made = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
-    )
-    return made.eval().to(dtype)
+    return UNet2DConditionModel(**SD15_UNET).eval().to(dtype)
 
 
 CASES = [

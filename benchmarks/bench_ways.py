@@ -51,4 +51,5 @@ def test_autocast(benchmark, policy):
     tokenizer, model = pipelines()[0].tokenizer, unet(torch.float32)
     ours, theirs = (tiny_pipeline(tokenizer, width=768, unet=copy.deepcopy(model)) for _ in range(2))
     with memkern.patched(ours, policy), torch.autocast("cpu", torch.bfloat16):
-        compare(benchmark, stepper(ours, torch.float32), stepper(theirs, torch.float32), named="unpatched", rounds=PAIRS)
+        steppers = stepper(ours, torch.float32), stepper(theirs, torch.float32)
+        compare(benchmark, *steppers, named="unpatched", rounds=PAIRS)

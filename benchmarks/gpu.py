@@ -11,9 +11,11 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from collections import defaultdict
 from pathlib import Path
 
+import gpu_steps
 import torch
 
 import memkern
@@ -78,10 +80,18 @@ def main() -> int:
             f"{ceiling['operations'] / 1e12:.0f} TFLOP/s. The floor is the larger of bytes and operations over them "
             "(benchmarks/model.md). Medians are with a cold L2 cache and launches, graphs with a warm one and without."
         )
-        lines += table(run)
+        lines += ["", "## Layers and edits", *table(run)]
+    failed = 0
+    for model in gpu_steps.MODELS:
+        try:
+            lines += gpu_steps.report(model)
+        except Exception as error:
+            failed = 1
+            traceback.print_exc()
+            lines += ["", f"## A UNet step of {model.name}", "", f"Failed: {type(error).__name__}: {error}"]
     (FOLDER / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"written: {FOLDER / name}.md")
-    return tests or benchmarks
+    return tests or benchmarks or failed
 
 
 if __name__ == "__main__":

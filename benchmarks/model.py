@@ -127,15 +127,19 @@ def estimates(layer: Layer, counts: tuple[int, ...], batch: int, card: Card) -> 
     return {path: 1e6 * estimate.seconds(path, given, card) for path in estimate.PATHS}
 
 
-def share(model: str, counts: tuple[int, ...], batch: int, card: Card) -> float:
-    """The time of the fastest paths of all layers of a UNet, over that of diffusers' own processors."""
-    chosen = former = 0.0
+def shares(model: str, counts: tuple[int, ...], batch: int, card: Card) -> tuple[float, float]:
+    """The time of all layers of a UNet by the fastest path of each, and that of their to_q and to_out alone, over that
+    of diffusers' own processors.
+    """
+    chosen = alone = former = 0.0
     for layer in LAYERS:
         if layer.model == model:
-            times = estimates(layer, counts, batch, card)
-            chosen += OF_A_UNET[model][layer.queries] * min(times.values())
-            former += OF_A_UNET[model][layer.queries] * times["former"]
-    return chosen / former
+            times, count = estimates(layer, counts, batch, card), OF_A_UNET[model][layer.queries]
+            chosen += count * min(times.values())
+            former += count * times["former"]
+            to_q, _, to_out = estimate.projected(described(layer, counts, batch), card)
+            alone += count * 1e6 * sum(work.seconds(card.processors, card.rates) for work in (to_q, to_out))
+    return chosen / former, alone / former
 
 
 def paths_table() -> list[str]:
@@ -166,7 +170,7 @@ def shares_table() -> list[str]:
     for model in OF_A_UNET:
         for batch in BATCHES:
             for counts in COUNTS:
-                cells = [f"{share(model, counts, batch, card):.2f}" for card in CARDS.values()]
+                cells = ["{:.2f} ({:.2f})".format(*shares(model, counts, batch, card)) for card in CARDS.values()]
                 lines.append(f"| {model} | {batch} | {'/'.join(map(str, counts))} | {' | '.join(cells)} |")
     return lines
 
@@ -243,7 +247,8 @@ def table() -> str:
             "",
             *paths_table(),
             "",
-            "All cross-attention layers of a UNet, by the fastest path of each, as a share of unfused:",
+            "All cross-attention layers of a UNet, by the fastest path of each, as a share of unfused; in brackets",
+            "to_q and to_out alone, which all paths but *absorbed* need:",
             "",
             *shares_table(),
             "",

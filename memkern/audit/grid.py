@@ -22,8 +22,10 @@ def grid(
 
     Args:
         patterns: presets; each number may be a range or a list in braces: "zero-pad:{0.3..1.0:0.1}" is eight policies,
-            "guard:{0.2,0.5},1.5" two.
-        layers: for each choice the blocks or layers of the edits, "down+mid"; "all" is no limit.
+            "guard:{0.2,0.5},1.5" two. "zero-pad:0.9@down+mid & zero-pad:{0.4,0.6}@up" is two as well, each of them
+            two presets in layers of their own.
+        layers: for each choice the blocks or layers of the edits, "down+mid"; "all" is no limit. Patterns that name
+            their layers keep those.
         steps: for each choice the part of the schedule, "0-0.5".
 
     Raises:
@@ -34,10 +36,22 @@ def grid(
     found: dict[Policy, None] = {}
     for pattern in patterns:
         for text in expanded(pattern):
-            policy = Policy.parse(text)
-            for place, part in product(places, parts):
+            policy = _together(text)
+            for place, part in product([None] if "@" in text else places, parts):
                 found.setdefault(_limited(policy, place, part))
     return list(found)
+
+
+def _together(text: str) -> Policy:
+    """The policy of presets that "&" joins, each in the layers after its "@"."""
+    made = []
+    for part in text.split("&"):
+        name, at, place = part.partition("@")
+        made.append(_limited(Policy.parse(name), _layers(place) if at else None, None))
+    if len(made) == 1:
+        return made[0]
+    reembedded = {policy.reembed_pads for policy in made} - {None}
+    return Policy(tuple(edit for policy in made for edit in policy.edits), *reembedded)
 
 
 def expanded(pattern: str) -> Iterator[str]:
@@ -81,7 +95,12 @@ def _limited(policy: Policy, layers: tuple[str, ...] | None, part: tuple[float, 
 
 
 def _layers(text: str) -> tuple[str, ...] | None:
-    return None if text.strip() == EVERYWHERE else tuple(name.strip() for name in text.split("+"))
+    if text.strip() == EVERYWHERE:
+        return None
+    names = tuple(name.strip() for name in text.split("+"))
+    if not all(names):
+        raise ValueError(f"layers: expected blocks or layers such as down+mid, got {text!r}")
+    return names
 
 
 def _part(text: str) -> tuple[float, float] | None:

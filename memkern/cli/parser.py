@@ -89,7 +89,10 @@ def _sweep(commands: Any) -> None:
     sweep.add_argument("--prompts", type=Path, help="memorized and ordinary ones; default: the embedded model's")
     sweep.add_argument("--references", help="training images: a folder or a column of the prompts' file")
     sweep.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
-    pattern = "a preset, with ranges of its numbers: zero-pad:{0.3..1.0:0.1} or ren:{1.25,2}; may be repeated"
+    pattern = (
+        "a preset, with ranges of its numbers: zero-pad:{0.3..1.0:0.1} or ren:{1.25,2}; or several, each in layers of "
+        "its own: 'zero-pad:0.9@down+mid & zero-pad:{0.4,0.6}@up'; may be repeated"
+    )
     sweep.add_argument("--policy", action="append", help=pattern)
     where = "choices of blocks or layers of the edits, separated by commas: all,down+mid,up (default: %(default)s)"
     sweep.add_argument("--layers", type=words, default="all", help=where)

@@ -47,6 +47,20 @@ def test_grids_of_layers_and_steps():
     ], "re-embedded pads are the same everywhere: one policy"
 
 
+def test_grids_of_presets_in_layers_of_their_own():
+    found = grid(
+        ["zero-pad:0.9@down+mid & zero-pad:{0.4,0.6}@up & swap-pad", "zero-eot@mid"], ["all", "down"], ["0-1", "0-0.5"]
+    )
+    made = [
+        (policy.reembed_pads, [(edit.fraction, edit.layers, edit.steps) for edit in policy.edits]) for policy in found
+    ]
+    parts = None, (0, 0.5)
+    assert made == [
+        *(("!", [(0.9, ("down", "mid"), part), (up, ("up",), part)]) for up in (0.4, 0.6) for part in parts),
+        *((None, [(1, ("mid",), part)]) for part in parts),
+    ], "a pattern that names its layers is in no others"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -59,6 +73,9 @@ def test_grids_of_layers_and_steps():
         ({"patterns": ["zero-pad:{0.2,}"]}, "expected a range"),
         ({"patterns": ["zero-pad:{0..2}"]}, "r must be in [0, 1], got 2"),
         ({"patterns": ["zero-pads"]}, "unknown preset 'zero-pads'"),
+        ({"patterns": ["zero-pad:0.9@down &"]}, "unknown preset ''"),
+        ({"patterns": ["zero-pad:0.9@"]}, "layers: expected blocks or layers such as down+mid, got ''"),
+        ({"patterns": ["zero-eot & zero-eot"]}, "give each position one edit"),
         ({"patterns": ["swap-pad-zero-eot"], "steps": ["0.5-0.2"]}, "expected a part of the schedule such as 0-0.5"),
         ({"patterns": ["swap-pad-zero-eot"], "steps": ["half"]}, "expected a part of the schedule such as 0-0.5"),
     ],

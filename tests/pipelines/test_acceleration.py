@@ -395,20 +395,3 @@ def test_g23_a_sparse_edit_of_weights_between_prompts(tokenizers, edit):
     made = image(pipe)
     torch.testing.assert_close(made, image(plain), rtol=1e-4, atol=1e-4)
     assert not torch.equal(made, before)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("dtype", "path"), [(torch.float16, "projected"), (torch.bfloat16, "absorbed")])
-def test_absorption_in_float16_is_estimated_as_what_it_is(dtype, path, monkeypatch):
-    """A layer of SDXL whose keys make both paths about equally much work: on the CPU A and VO of float16 are float32,
-    so that absorbing takes twice as long.
-    """
-    monkeypatch.setenv("MEMKERN_CHOICE", "estimated")
-    options = {"cross_attention_dim": 64, "heads": 20, "dim_head": 64}
-    layer = Attention(query_dim=1280, processor=AttnProcessor2_0(), **options).to(dtype).eval()
-    holder = SiteHolder(torch.nn.ModuleDict({"attn2": layer}))
-    x, context = torch.randn(2, 1024, 1280).to(dtype), torch.randn(2, 77, 64).to(dtype)
-    context[:, 60:] = 0
-    for _ in range(2):
-        layer(x, encoder_hidden_states=context)
-    assert str(holder.session.layers["attn2"]).startswith(path)
