@@ -24,7 +24,13 @@ from .protocol import Protocol, protocol
 from .results import COPY
 from .summary import Summary, interval
 
-DEFAULT_PATTERNS = ("swap-pad", "swap-pad-zero-eot", "zero-pad:{0.6..1.0:0.05}", "zero-pad-last:{0.6..1.0:0.05}")
+DEFAULT_PATTERNS = (
+    "swap-pad",
+    "swap-pad-zero-eot",
+    "zero-pad:{0.6..1.0:0.05}",
+    "zero-pad-last:{0.6..1.0:0.05}",
+    "zero-pad-last:0.9@down+mid & zero-pad-last:{0.6..0.8:0.1}@up",
+)
 BATCH = 8
 RUNGS, LEAST = 3, 6
 """The number of rounds, and the least number of policies in the last one."""

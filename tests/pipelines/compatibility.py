@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 
+# Timed, layers as small as these are often left to their own processors. This is for subprocesses as well.
+os.environ.update(MEMKERN_CHOICE="estimated", MEMKERN_CACHE="off")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
@@ -124,8 +127,9 @@ def render_ways(found: dict[str, dict[str, dict[str, Verdict]]]) -> str:
         "",
         "StableDiffusionPipeline and StableDiffusionXLPipeline, patched with `zero-pad:0.7` at each stage.",
         "*protected*: the image is that of an unpatched pipeline, run in the same way, given the edited context.",
-        "*accelerated*: every cross-attention layer is computed from what is kept of the context. *told*: what is said",
-        "where either is not so.",
+        "*accelerated*: every cross-attention layer is computed from what is kept of the context, by estimated times",
+        "(`MEMKERN_CHOICE=estimated`), since layers of this size would often be left to their own processors if they",
+        "were timed; `memkern.status` says so. *told*: what is said where either is not so.",
         "",
         "| way | stage | SD protected | SD accelerated | SDXL protected | SDXL accelerated | told |",
         "| --- | --- | --- | --- | --- | --- | --- |",
