@@ -5,11 +5,11 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 # Processes beside each other: most tests are of one thread.
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
-PYTEST = $(BIN)/python -m pytest -n $(JOBS)
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CXX_FILES = $(shell find csrc tests/host_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
-# What `make test` leaves to a process of its own, or to a machine with a GPU.
-LAYERS = interpreter or aot or host_cuda or gpu
+# What `make test` leaves to processes of their own.
+LAYERS = interpreter or aot
 
 .PHONY: demo serve test test-slow test-plain test-layers test-matrix test-wheel test-install fuzz sanitize coverage gpu \
   bench docs wheel lint format clean
@@ -28,17 +28,12 @@ test test-slow: test-plain test-layers
 test-plain: lint
 	$(PYTEST) -m "($(SPEED)) and not ($(LAYERS))"
 
-# Proof without a GPU: kernels interpreted, compiled ahead of time, and run as C++ on the CPU. What needs a card is
-# counted.
+# Triton's kernels without a GPU: interpreted, and compiled ahead of time. Tests that need a card count as skipped before.
 test-layers: test-plain
 	@echo "layer: interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -m "($(SPEED)) and interpreter"
 	@echo "layer: aot"
 	$(PYTEST) -n 0 -m "($(SPEED)) and aot"
-	@echo "layer: host_cuda"
-	$(PYTEST) -m "($(SPEED)) and host_cuda"
-	@echo "layer: gpu, which make gpu runs where there is a card"
-	$(PYTEST) -m "($(SPEED)) and gpu"
 
 # Operators, plans and pipelines on drawn input: rounds of so many examples until the minutes have passed, at least one.
 # What failed is kept in .hypothesis and tried first.

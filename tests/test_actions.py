@@ -54,7 +54,7 @@ def test_actions_are_importable_from_where_they_were():
     assert set(names) <= set(policy.__all__)
 
 
-@pytest.mark.parametrize("module", ["memkern.policy", "memkern.actions", "memkern.presets", "memkern.scope"])
+@pytest.mark.parametrize("module", ["memkern.policy", "memkern.presets"])
 def test_presets_are_there_whatever_is_imported_first(module):
     program = f"import {module}, memkern.policy; print(memkern.policy.Policy.parse('zero-pad'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -35,7 +35,9 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_row_for_each_policy(name):
+def test_a_row_for_each_policy(name, monkeypatch):
+    for sizes in (gpu_steps.VIT_L, gpu_steps.VIT_G):
+        monkeypatch.setitem(sizes, "num_hidden_layers", 2)
     policies = ("swap-pad-zero-eot", "zero-pad:0.7")
     model = gpu_steps.Model(name, functools.partial(getattr(gpu_steps, name), **SMALL[name]), policies)
     shown = "\n".join(gpu_steps.report(model, "cpu", compile=False, rounds=3))

@@ -43,8 +43,13 @@ def _afresh():
     torch._dynamo.utils.counters.clear()
 
 
-@pytest.mark.parametrize("order", ["patched first", "compiled first"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "order"),
+    [
+        *((way, "patched first") for way in WAYS),
+        *(pytest.param(way, "compiled first", marks=[pytest.mark.slow] * (way != "torch.compile")) for way in WAYS),
+    ],
+)
 def test_d18_g29_prompts_policies_and_adapters_share_one_graph(tokenizers, way, order):
     compiles, most = WAYS[way]
     pipe, plain = tiny_pipeline(tokenizers["sd1"]), tiny_pipeline(tokenizers["sd1"])
@@ -121,7 +126,9 @@ def test_captured_streams_are_left_alone(sd1, monkeypatch):
         image(sd1)
 
 
-@pytest.mark.parametrize("way", [pytest.param("torch.compile", marks=pytest.mark.slow), "in place", "repeated blocks"])
+@pytest.mark.parametrize(
+    "way", [*(pytest.param(way, marks=pytest.mark.slow) for way in ("torch.compile", "in place")), "repeated blocks"]
+)
 def test_a_lora_is_scaled_in_a_graph(tokenizers, way):
     """`cross_attention_kwargs={"scale": …}`: diffusers scales layers in Python, which a graph puts off to its end."""
     pipe, plain = tiny_pipeline(tokenizers["sd1"]), tiny_pipeline(tokenizers["sd1"])

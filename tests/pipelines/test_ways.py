@@ -18,15 +18,17 @@ def made():
     return pipelines()
 
 
-def seldom(way, *values):
-    """Ways that compile as another one does, in another mode: they are left to `make test-slow`."""
-    is_variant = "compile" in way and (" under " in way or " in " in way)
-    return pytest.param(*values, marks=[pytest.mark.slow] if is_variant else [])
+def case(*values, slow):
+    """A case that is left to `make test-slow` where another one is like it."""
+    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
 
 
+COMPILED = [name for name in WAYS if "compile" in name]
+MODES = [name for name in COMPILED if " under " in name or " in inference" in name]
 ONCE = [name for name in WAYS if name not in (*QUANTIZED, "PAG")]
-EACH = [("SD", name) for name in ONCE] + [seldom(name, "SDXL", name) for name in ONCE]
-AFTER = [seldom(name, name) for name in WAYS if "compile" in name and "IP-Adapter" not in name]
+EACH = [case("SD", name, slow=name in MODES) for name in ONCE]
+EACH += [case("SDXL", name, slow=name in COMPILED[1:]) for name in ONCE]
+AFTER = [case(name, slow=name != COMPILED[0]) for name in COMPILED if "IP-Adapter" not in name]
 
 
 def holds(found, name, stage):

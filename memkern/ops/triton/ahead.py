@@ -6,8 +6,6 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +98,9 @@ def review(launch: Launch, card: Card) -> Review:
     Products are those of `mma` and `wgmma`; those of compute capability 10.0, `tcgen05`, are not counted.
     """
     compiled = _compiled(launch, card.family)
-    usage, warps = _usage(compiled, card.family), compiled.metadata.num_warps
-    with _cubin(compiled) as path:
-        waiting = max(register_loads(compiled.asm["ttgir"]), waiting_loads(_run("cuobjdump", "-sass", path)))
+    report = _dumped(compiled, "-res-usage", "-sass")
+    usage, warps = _taken(report, compiled), compiled.metadata.num_warps
+    waiting = max(register_loads(compiled.asm["ttgir"]), waiting_loads(report))
     wanted, blocks = wanted_products(compiled.asm["ttir"]), usage.blocks(card.family, warps)
     work = launch.work
     return Review(
@@ -160,22 +158,20 @@ def _usage(compiled: Any, family: str) -> Usage:
             for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"])
         }
         return Usage(found["vgpr_count"], found["private_segment_fixed_size"], compiled.metadata.shared)
-    with _cubin(compiled) as path:
-        report = _run("cuobjdump", "-res-usage", path)
+    return _taken(_dumped(compiled, "-res-usage"), compiled)
+
+
+def _taken(report: str, compiled: Any) -> Usage:
     taken = re.search(r"REG:(\d+) STACK:(\d+)", report)
     if taken is None:
         raise RuntimeError(f"cuobjdump: expected REG and STACK, got {report!r}")
     return Usage(int(taken[1]), int(taken[2]), compiled.metadata.shared)
 
 
-@contextmanager
-def _cubin(compiled: Any) -> Iterator[str]:
-    """The path of a file with the machine code, while it is needed."""
+def _dumped(compiled: Any, *parts: str) -> str:
+    """What cuobjdump shows of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        yield file.name
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
+        command = [str(_TOOLS / "cuobjdump"), *parts, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
