@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,8 +60,8 @@ class Swept:
     """The result of a sweep.
 
     Attributes:
-        candidates: those of the last round, the front first.
-        best: the one with the least loss among those with few enough copies; else the one with the fewest copies.
+        candidates: those of the last round, the best first.
+        best: the one that is farthest from both limits; if all have too many copies, the one with the fewest.
         checked: the best one on seeds that the sweep did not use; None without such seeds.
         out: the folder.
     """
@@ -91,21 +92,31 @@ def fronted(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [replace(one, front=not beaten(one)) for one in candidates]
 
 
-def ordered(candidates: Sequence[Candidate], max_copies: float) -> list[Candidate]:
-    """The candidates, the front first, then by the sum of the copies above `max_copies` and the largest loss."""
-    return sorted(candidates, key=lambda one: (not one.front, *_cost(one, max_copies), one.method.name))
+@dataclass(frozen=True)
+class Limits:
+    """The largest share of copies and the largest loss of any measure that the winner may have."""
+
+    copies: float = 0.03
+    loss: float = 0.03
+
+    def reached(self, one: Candidate) -> tuple[float, float, float]:
+        """The sort key: the part of the nearer limit that a candidate has used up, then what decides between equals."""
+        return max(_part(one.copies.mean, self.copies), _part(one.worst, self.loss)), one.total, one.similarity
 
 
-def _cost(one: Candidate, max_copies: float) -> tuple[float, float, float]:
-    return max(0.0, one.copies.mean - max_copies) + one.worst, one.total, one.similarity
+def _part(value: float, limit: float) -> float:
+    return value / limit if limit else math.inf if value > 0 else 0.0
 
 
-def best(candidates: Sequence[Candidate], max_copies: float) -> Candidate:
-    """The candidate with the least loss among those with few enough copies; if none, with the fewest copies."""
-    few = [one for one in candidates if one.copies.mean <= max_copies]
-    if few:
-        return min(few, key=lambda one: _cost(one, max_copies))
-    return min(candidates, key=lambda one: (one.copies.mean, one.worst))
+def ordered(candidates: Sequence[Candidate], limits: Limits) -> list[Candidate]:
+    """The candidates, those that are farthest from the nearer of their two limits first."""
+    return sorted(candidates, key=lambda one: (*limits.reached(one), one.method.name))
+
+
+def best(candidates: Sequence[Candidate], limits: Limits) -> Candidate:
+    """The first of those with few enough copies; if none, the one with the fewest copies."""
+    few = [one for one in candidates if one.copies.mean <= limits.copies]
+    return ordered(few, limits)[0] if few else min(candidates, key=lambda one: (one.copies.mean, one.worst))
 
 
 def table(candidates: Sequence[Candidate]) -> str:

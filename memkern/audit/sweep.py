@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..policy import Policy
-from .front import Candidate, Swept, best, fronted, ordered, write
+from .front import Candidate, Limits, Swept, best, fronted, ordered, write
 from .grid import EVERYWHERE, grid
 from .images import Job, is_done, make, read
 from .judges import Judge, judge_of
@@ -48,9 +48,10 @@ def sweep(
     policies: Sequence[str] = DEFAULT_PATTERNS,
     layers: Sequence[str] = (EVERYWHERE,),
     steps: Sequence[str] = ("0-1",),
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7),
     check_seeds: Sequence[int] = (),
     max_copies: float = 0.03,
+    max_loss: float = 0.03,
     inference_steps: int | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,
@@ -64,9 +65,9 @@ def sweep(
 ) -> Swept:
     """Find the policy with few copies and the least loss of fidelity, among a grid.
 
-    Each round measures the policies that are left on more prompts, and keeps the better half: those that no other
-    beats in both similarity and loss come first. The last round has all prompts. Images stay in the folder, so that a
-    sweep continues where it stopped, and a larger grid generates only the missing ones.
+    Each round measures the policies that are left on more prompts and seeds, and keeps the better half: those that are
+    farthest from the nearer of two limits, `max_copies` and `max_loss`. The last round has all. Images stay in the
+    folder, so that a sweep continues where it stopped, and a larger grid generates only the missing ones.
 
     Args:
         out: the folder of `sweep.csv`, `sweep.json`, `sweep.md`, `front.png`, `best.json` and `images/`.
@@ -75,6 +76,7 @@ def sweep(
         policies, layers, steps: see `grid`.
         seeds: of the sweep; check_seeds: of the check of the winner, which should be different ones.
         max_copies: the share of copies that the winner may have.
+        max_loss: the loss that it may have in any measure of fidelity, as a share or in the measure's own unit.
         inference_steps, guidance, scheduler, dtype, device, batch: see `Protocol`.
         sscd, clip, threshold: see `run`; without SSCD copies are found by pixels, and without CLIP ordinary images
             are compared with the unpatched pipeline's. The embedded model has its own measures.
@@ -96,8 +98,10 @@ def sweep(
         device=device,
         batch=batch,
     )
-    if not 0 <= max_copies <= 1:
-        raise ValueError(f"max_copies: expected a share in [0, 1], got {max_copies}")
+    for name, most in (("max_copies", max_copies), ("max_loss", max_loss)):
+        if not 0 <= most <= 1:
+            raise ValueError(f"{name}: expected a share in [0, 1], got {most}")
+    limits = Limits(max_copies, max_loss)
     candidates = [(method(policy), policy) for policy in grid(policies, layers, steps) if policy != Policy()]
     if not candidates:
         raise ValueError(f"policies: expected at least one that edits something, got {', '.join(policies)}")
@@ -110,13 +114,14 @@ def sweep(
     write_manifest(out, grown(out, asked), judge.described)
     with opened(source, made) as pipe:
         measurer = _Measurer(pipe, out, made, judge, quiet)
-        for prompts_of_round, last in _rounds(of):
-            measured = measurer.measured(candidates, prompts_of_round, made.seeds)
-            found = ordered(measured, max_copies)
-            if not last:
+        for rung in range(RUNGS):
+            prompts_of_round, seeds_of_round = _round(of, made.seeds, rung)
+            measured = measurer.measured(candidates, prompts_of_round, seeds_of_round)
+            found = ordered(measured, limits)
+            if rung < RUNGS - 1:
                 kept = {one.method.name for one in found[: max(LEAST, -(-len(found) // 2))]}
                 candidates = [one for one in candidates if one[0].name in kept]
-        winner = best(found, max_copies)
+        winner = best(found, limits)
         checked = None
         if check_seeds:
             fresh = Protocol(seeds=tuple(check_seeds)).seeds
@@ -182,21 +187,17 @@ class _Measurer:
         return Candidate(one, policy, copies, similarity, fidelity, loss, images)
 
 
-def _rounds(prompts: Sequence[Prompt]) -> list[tuple[list[Prompt], bool]]:
-    """Growing parts of the prompts, with equal shares of memorized and ordinary ones; the last has all."""
+def _round(prompts: Sequence[Prompt], seeds: Sequence[int], rung: int) -> tuple[list[Prompt], list[int]]:
+    """The prompts and seeds of a round: growing parts, with equal shares of memorized and ordinary prompts."""
     kinds = [[p for p in prompts if is_memorized(p)], [p for p in prompts if not is_memorized(p)]]
     if not all(kinds):
         raise ValueError(
             f"prompts: a sweep needs memorized and ordinary ones, got {len(kinds[0])} and {len(kinds[1])}; "
             "give training images or a column memorized"
         )
-    rounds: list[list[Prompt]] = []
-    for rung in range(RUNGS):
-        share = 2 ** (rung - RUNGS + 1)
-        chosen = [prompt for kind in kinds for prompt in kind[: max(2, round(len(kind) * share))]]
-        if not rounds or len(chosen) > len(rounds[-1]):
-            rounds.append(chosen)
-    return [(chosen, chosen is rounds[-1]) for chosen in rounds]
+    share = 2 ** (rung - RUNGS + 1)
+    chosen = [prompt for kind in kinds for prompt in kind[: max(2, round(len(kind) * share))]]
+    return chosen, list(seeds[: max(2, round(len(seeds) * share))])
 
 
 def is_memorized(prompt: Prompt) -> bool:

@@ -98,11 +98,12 @@ def _sweep(commands: Any) -> None:
     sweep.add_argument("--layers", type=words, default="all", help=where)
     when = "choices of the part of the schedule: 0-1,0-0.5 (default: %(default)s)"
     sweep.add_argument("--steps", type=words, default="0-1", help=when)
-    sweep.add_argument("--seeds", type=seeds, default="0,1", help="of the sweep (default: %(default)s)")
+    sweep.add_argument("--seeds", type=seeds, default="0,1,2,3,4,5,6,7", help="of the sweep (default: %(default)s)")
     sweep.add_argument(
         "--check-seeds", type=seeds, default="100,101,102,103", help="of the winner (default: %(default)s)"
     )
     sweep.add_argument("--max-copies", type=float, default=0.03, help="largest share of copies (default: %(default)s)")
+    sweep.add_argument("--max-loss", type=float, default=0.03, help="largest loss of fidelity (default: %(default)s)")
     sweep.add_argument("--inference-steps", type=int, help="of an image (default: 20)")
     sweep.add_argument("--guidance", type=float, help="(default: 7.5; 5 for the embedded model, as in the demo)")
     sweep.add_argument("--scheduler", help="one of diffusers, such as DDIM (default: the model's)")
