@@ -171,7 +171,7 @@ def _plot(found: Swept, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5 + 0.2 * len(found.candidates)), layout="constrained")
     axes = figure.add_subplot()
     for one in found.candidates:
         mean, low, high = max(one.loss.values())
@@ -179,9 +179,9 @@ def _plot(found: Swept, path: Path) -> None:
         yerr = [[100 * (mean - low)], [100 * (high - mean)]]
         axes.errorbar(
             100 * one.copies.mean, 100 * mean, xerr=xerr, yerr=yerr, fmt="o" if one.front else "x", capsize=3,
-            label=one.method.name[:70] + (" (best)" if one is found.best else ""),
+            label=one.method.name[:110] + (" (best)" if one is found.best else ""),
         )  # fmt: skip
     axes.set_xlabel("copies, % of images of memorized prompts")
     axes.set_ylabel("largest loss of fidelity on ordinary prompts, points")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(fontsize=7, loc="outside lower left")
     figure.savefig(path, dpi=110)
