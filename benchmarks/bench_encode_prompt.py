@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from configurations import VIT_L, VOCABULARY
+from configurations import VIT_L, text_config
 from pairs import compare
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 import memkern
 from memkern.testing import tiny_pipeline, train_tokenizer
@@ -16,8 +16,7 @@ def pipeline():
     """A pipeline whose text encoder has SD 1.x's size and vocabulary size, with random weights."""
     tokenizer = train_tokenizer(["a photograph of an astronaut riding a horse"])
     torch.manual_seed(0)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=VOCABULARY, **VIT_L, **ids)).eval()
+    text_encoder = CLIPTextModel(text_config(tokenizer, VIT_L)).eval()
     return tiny_pipeline(tokenizer, width=VIT_L["hidden_size"], text_encoder=text_encoder)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import CLIPTextConfig, CLIPTokenizer
+
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
@@ -27,3 +29,9 @@ SDXL_UNET: dict[str, Any] = {
 VOCABULARY = 49408
 VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 VIT_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+
+
+def text_config(tokenizer: CLIPTokenizer, sizes: dict[str, int], **others: int) -> CLIPTextConfig:
+    """The configuration of a text encoder with CLIP's vocabulary size; `others` replace parts of `sizes`."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return CLIPTextConfig(**{"vocab_size": VOCABULARY, **sizes, **others, **ids})

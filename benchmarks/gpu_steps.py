@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from configurations import SD15_UNET, SDXL_UNET, VIT_G, VIT_L, VOCABULARY
+from configurations import SD15_UNET, SDXL_UNET, VIT_G, VIT_L, text_config
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import memkern
 from memkern.benchmark import Run
@@ -60,7 +60,7 @@ def sd15(device: str, **sizes: Any) -> Any:
     """A pipeline of SD 1.5's configuration with a tiny VAE; `sizes` replace parts of the UNet's."""
     tokenizer = train_tokenizer([PROMPT])
     with half_on(device):
-        encoder = CLIPTextModel(_text(tokenizer, VIT_L)).eval()
+        encoder = CLIPTextModel(text_config(tokenizer, VIT_L)).eval()
         unet = UNet2DConditionModel(**SD15_UNET | sizes).eval()
     return tiny_pipeline(tokenizer, width=768, text_encoder=encoder, unet=unet).to(device, torch.float16)
 
@@ -69,18 +69,15 @@ def sdxl(device: str, **sizes: Any) -> Any:
     """A pipeline of SDXL's configuration with a tiny VAE and text encoders of two layers; `sizes` as in `sd15`."""
     tokenizer = train_tokenizer([PROMPT])
     with half_on(device):
-        first = CLIPTextModel(_text(tokenizer, VIT_L, num_hidden_layers=2)).eval()
-        second = CLIPTextModelWithProjection(_text(tokenizer, VIT_G, num_hidden_layers=2, projection_dim=1280)).eval()
+        first = CLIPTextModel(text_config(tokenizer, VIT_L, num_hidden_layers=2)).eval()
+        second = CLIPTextModelWithProjection(
+            text_config(tokenizer, VIT_G, num_hidden_layers=2, projection_dim=1280)
+        ).eval()
         unet = UNet2DConditionModel(**SDXL_UNET | sizes).eval()
     tiny = tiny_pipeline(tokenizer)
     pipe = StableDiffusionXLPipeline(tiny.vae, first, second, tokenizer, tokenizer, unet, tiny.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device, torch.float16)
-
-
-def _text(tokenizer: Any, sizes: dict[str, int], **others: int) -> CLIPTextConfig:
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return CLIPTextConfig(**{"vocab_size": VOCABULARY, **sizes, **others, **ids})
 
 
 MODELS = (Model("SD 1.5", sd15, DEFAULT_POLICIES), Model("SDXL", sdxl, DEFAULT_POLICIES[1:]))
