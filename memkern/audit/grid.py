@@ -9,8 +9,12 @@ from decimal import Decimal, InvalidOperation
 from itertools import product
 
 from ..policy import Policy
+from .methods import ALTERNATIVES
 
 EVERYWHERE = "all"
+
+MOST = 10_000
+"""The most policies of a grid."""
 
 RANGE = re.compile(r"\{([^{}]*)\}")
 
@@ -29,7 +33,7 @@ def grid(
         steps: for each choice the part of the schedule, "0-0.5".
 
     Raises:
-        ValueError: a pattern, a layer or a part that is not valid.
+        ValueError: a pattern, a layer or a part that is not valid, or too many policies.
     """
     places = [_layers(text) for text in layers]
     parts = [_part(text) for text in steps]
@@ -39,6 +43,8 @@ def grid(
             policy = _together(text)
             for place, part in product([None] if "@" in text else places, parts):
                 found.setdefault(_limited(policy, place, part))
+            if len(found) > MOST:
+                raise ValueError(f"policies: expected at most {MOST:,} in a grid, {pattern!r} makes more")
     return list(found)
 
 
@@ -47,6 +53,10 @@ def _together(text: str) -> Policy:
     made = []
     for part in text.split("&"):
         name, at, place = part.partition("@")
+        if not name.strip():
+            raise ValueError(f"policy: expected a preset, or presets on both sides of each '&', got {text!r}")
+        if name.strip().partition(":")[0] in ALTERNATIVES:
+            raise ValueError(f"policy: a sweep has presets alone; {name.strip()!r} can be measured by an audit")
         made.append(_limited(Policy.parse(name), _layers(place) if at else None, None))
     if len(made) == 1:
         return made[0]
@@ -81,8 +91,10 @@ def _values(text: str, pattern: str) -> list[str]:
         start, stop, step = Decimal(first), Decimal(last), Decimal(by or "1")
     except InvalidOperation:
         raise wrong from None
-    if not (step > 0 and start <= stop):
+    if not (all(value.is_finite() for value in (start, stop, step)) and step > 0 and start <= stop):
         raise wrong
+    if (stop - start) / step >= MOST:
+        raise ValueError(f"policy: expected at most {MOST:,} values of a range, {pattern!r} has more")
     return [f"{start + step * place:f}" for place in range(int((stop - start) / step) + 1)]
 
 

@@ -15,7 +15,9 @@ import torch
 
 from .. import patched
 from ..policy import Policy
+from ..presets import PRESETS
 from .additions import random_numbers, random_tokens
+from .files import existing
 from .wen import optimized
 
 UNMITIGATED = "none"
@@ -107,6 +109,8 @@ def method(given: str | Path | Policy) -> Method:
     try:
         policy = Policy.parse(name)
     except ValueError as error:
+        if kind in PRESETS:
+            raise
         others = f"one of the alternatives {', '.join(ALTERNATIVES)}, or a .json file of a policy"
         raise ValueError(f"{error}; or {others}") from None
     return Method(name, installed=lambda pipe: patched(pipe, policy))
@@ -124,8 +128,7 @@ def _of_policy(policy: Policy) -> Method:
 
 
 def _from_file(path: Path) -> Policy:
-    if not path.is_file():
-        raise FileNotFoundError(f"policies: there is no file {path}")
+    existing("policies", path)
     try:
         return Policy.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -151,6 +154,8 @@ def _late_guidance(name: str, number: str) -> Method:
     the negative prompt only, for any guidance scale: guidance 0.
     """
     start = _number(name, number, 0.5, float)
+    if start > 1:
+        raise ValueError(f"{name}: expected a part of the schedule in [0, 1] after the colon, got {number!r}")
 
     @contextmanager
     def installed(pipe: Any) -> Iterator[None]:

@@ -16,6 +16,7 @@ import torch
 from .. import status
 from ..demo import embedded
 from ..pipelines.support import support
+from .files import existing
 from .protocol import DTYPES, Protocol, device, scheduler_class
 
 EMBEDDED = "embedded"
@@ -48,8 +49,8 @@ class Model:
         path = Path(self.source)
         if path.suffix.lower() in PICKLED:
             raise ValueError(f"model: {path}: a {path.suffix} file can run code; expected one of {SINGLE}")
-        if self.single and not path.is_file():
-            raise FileNotFoundError(f"model: there is no file {path}")
+        if self.single:
+            existing("model", path)
         if self.config is not None and not self.single:
             raise ValueError(f"config: only a single {SINGLE} file needs one; the model is {self.source}")
         if path.is_dir() and not (path / "model_index.json").is_file():
@@ -117,7 +118,12 @@ def load(model: Model, made: Protocol, rank: int = 0) -> Any:
 
         # The old name warns from diffusers 0.42 on; the new one is ignored before it.
         name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model.source, **{name: dtype})
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(model.source, **{name: dtype})
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model: {model.source}: expected a diffusers folder, hub name or {SINGLE} file; {error}"
+            ) from error
     _add_loras(pipe, model.loras)
     return pipe.to(target)
 
@@ -198,8 +204,7 @@ def _lora(text: str) -> tuple[Path, float]:
             path = Path(text)
         if not math.isfinite(weight):
             raise ValueError(f"lora: expected a finite weight after the colon, got {text!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"lora: there is no file {path}")
+    existing("lora", path)
     if path.suffix.lower() != SINGLE:
         raise ValueError(f"lora: expected a {SINGLE} file, got {path}")
     return path, weight

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .files import existing
+
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 REFERENCE_COLUMNS = ("reference", "image", "file_name")
 LABEL_COLUMNS = ("memorized", "label")
@@ -45,14 +47,14 @@ def read_prompts(path: Path, *, references: str | None = None, limit: int | None
         limit: how many prompts, from the start.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another kind of file, one that is not UTF-8, a missing column, a value that is not text, or no
-            prompt; the message has the file, the line, the given value, and the accepted ones.
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        ValueError: another kind of file, one that is not UTF-8, a column that is missing or there twice, a quote that
+            is not closed, a value that is not text, no prompt, or a folder without one of their images; the message
+            has the file, the line, the given value, and the accepted ones.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 prompt, got {limit}")
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts: there is no file {path}")
+    existing("prompts", path)
     readers = {".txt": _lines, ".csv": _table, ".tsv": _table, ".jsonl": _objects}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -66,6 +68,10 @@ def read_prompts(path: Path, *, references: str | None = None, limit: int | None
         found.append(Prompt(f"{place:04d}", _text(row, where), reference, _label(row, where)))
     if not found:
         raise ValueError(f"prompts: {path} has none; expected at least one")
+    if folder is not None and all(prompt.reference is None for prompt in found):
+        raise ValueError(
+            f"references: {folder} has no image of these prompts; expected names such as 0000.png or 0.png"
+        )
     return found
 
 
@@ -87,9 +93,13 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _table(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=_delimiter(text))
+    rows = csv.reader(text.splitlines(keepends=True), delimiter=_delimiter(text), strict=True)
+    start = 1
     try:
         header = [name.strip() for name in next(rows, [])]
+        names = [name.lower() for name in header if name]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"prompts: {path}, line 1 has the column {', '.join(twice)} more than once")
         start = rows.line_num + 1
         for row in rows:
             if row:
@@ -101,7 +111,8 @@ def _table(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield start, dict(zip(header, row, strict=False))
             start = rows.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"prompts: {path}, line {rows.line_num} is not CSV: {error}") from None
+        reason = "a quote is not closed" if str(error) == "unexpected end of data" else error
+        raise ValueError(f"prompts: {path}, line {start} is not CSV: {reason}") from None
 
 
 def _delimiter(text: str) -> str:

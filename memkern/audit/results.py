@@ -24,6 +24,12 @@ KEY = ("prompt_id", "method", "seed")
 TEXTS = ("prompt_id", "prompt", "method", "image", "text")
 
 
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError unless the threshold is a similarity, which is a cosine or a correlation."""
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a similarity in [-1, 1], got {threshold}")
+
+
 def reference_of(prompt: Prompt, broken: dict[str, str]) -> Image.Image | None:
     """The prompt's training image; a file that is no image is noted in `broken`, by its name, and skipped."""
     if prompt.reference is None:

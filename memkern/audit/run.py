@@ -19,7 +19,7 @@ from .models import EMBEDDED, Model, opened, settings_of
 from .processes import place, wait
 from .protocol import protocol as protocol_of
 from .report import write_report
-from .results import COPY, rows, write_csv
+from .results import COPY, check_threshold, rows, write_csv
 
 DEFAULT_POLICIES = (UNMITIGATED, "swap-pad-zero-eot", "zero-pad:0.7")
 
@@ -85,6 +85,7 @@ def run(
     out = Path(out)
     given = split(policies) if isinstance(policies, str) else policies
     chosen = methods([given] if isinstance(given, Policy) else given)
+    check_threshold(threshold)
     made = protocol_of(
         protocol,
         seeds=None if seeds is None else tuple(seeds),

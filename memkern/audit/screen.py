@@ -104,6 +104,7 @@ def screen(
         generator_device=generator_device,
     )
     source = Model(model, config, tuple(loras))
+    scores = tuple(dict.fromkeys(scores))
     settings = settings_of(source, made) | {"scores": list(scores)}
     asked = Contents(listed(source, prompts, None, limit), [], list(made.seeds), settings)
     rank, world = place()

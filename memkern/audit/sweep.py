@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..actions import whole
 from ..policy import Policy
 from .front import Candidate, Limits, Swept, best, fronted, ordered, write
 from .grid import EVERYWHERE, grid
@@ -21,7 +22,7 @@ from .metrics import Weights
 from .models import EMBEDDED, Model, opened, settings_of
 from .prompts import Prompt
 from .protocol import Protocol, protocol
-from .results import COPY
+from .results import COPY, check_threshold
 from .summary import Summary, interval
 
 DEFAULT_PATTERNS = (
@@ -74,7 +75,7 @@ def sweep(
         model, config, loras, prompts, references, limit: see `run`. Prompts with a training image, or labelled as
             memorized, measure copies; the others measure fidelity. Both kinds are needed.
         policies, layers, steps: see `grid`.
-        seeds: of the sweep; check_seeds: of the check of the winner, which should be different ones.
+        seeds: of the sweep; check_seeds: of the check of the winner, other ones.
         max_copies: the share of copies that the winner may have.
         max_loss: the loss that it may have in any measure of fidelity, as a share or in the measure's own unit.
         inference_steps, guidance, scheduler, dtype, device, batch: see `Protocol`.
@@ -88,6 +89,9 @@ def sweep(
     """
     out = Path(out)
     embedded_model = model == EMBEDDED
+    check_threshold(threshold)
+    if inference_steps is not None:
+        whole("inference_steps", inference_steps, 1)  # a protocol's "steps", which is another option here
     made = protocol(
         seeds=tuple(seeds),
         steps=inference_steps,
@@ -101,6 +105,9 @@ def sweep(
     for name, most in (("max_copies", max_copies), ("max_loss", max_loss)):
         if not 0 <= most <= 1:
             raise ValueError(f"{name}: expected a share in [0, 1], got {most}")
+    fresh = Protocol(seeds=tuple(check_seeds)).seeds if check_seeds else ()
+    if both := sorted({*fresh} & {*made.seeds}):
+        raise ValueError(f"check_seeds: expected seeds that the sweep does not use, got {', '.join(map(str, both))}")
     limits = Limits(max_copies, max_loss)
     candidates = [(method(policy), policy) for policy in grid(policies, layers, steps) if policy != Policy()]
     if not candidates:
@@ -123,8 +130,7 @@ def sweep(
                 candidates = [one for one in candidates if one[0].name in kept]
         winner = best(found, limits)
         checked = None
-        if check_seeds:
-            fresh = Protocol(seeds=tuple(check_seeds)).seeds
+        if fresh:
             (checked,) = measurer.measured([(winner.method, winner.policy)], of, fresh)
     swept = Swept(found, winner, checked, out)
     write(swept)

@@ -66,6 +66,9 @@ def test_labels(tmp_path):
         ("x.jsonl", b'{"prompt": "a"\n', r"line 1 is not JSON"),
         ("x.csv", b"prompt\n", r"x\.csv has none; expected at least one"),
         ("x.csv", b"", r"x\.csv has none"),
+        ("x.csv", b"prompt,prompt\na,b\n", r"x\.csv, line 1 has the column prompt more than once"),
+        ("x.csv", b"Caption,n,caption\na,1,b\n", r"line 1 has the column caption more than once"),
+        ("x.csv", b'prompt\na\n"b\nc\nd\n', r"x\.csv, line 3 is not CSV: a quote is not closed"),
     ],
 )
 def test_g34_prompts(tmp_path, name, content, message):
@@ -99,6 +102,7 @@ def test_g34_prompts(tmp_path, name, content, message):
         ("--model {here}/no.safetensors --prompts {here}/p.txt", "no.safetensors is no .safetensors file"),
         ("--model {here}/model.ckpt", "model.ckpt: a .ckpt file can run code; expected one of .safetensors"),
         ("--model {here}", "is no diffusers folder: it has no model_index.json"),
+        ("--model /no/such --prompts {here}/p.txt", "model: /no/such: expected a diffusers folder, hub name or .safet"),
         ("--config {here}", "config: only a single .safetensors file needs one; the model is embedded"),
         ("--lora {here}/lora.safetensors", "lora: there is no file {here}/lora.safetensors"),
         ("--lora {here}/no.safetensors:much", "lora: there is no file {here}/no.safetensors:much"),
@@ -108,7 +112,17 @@ def test_g34_prompts(tmp_path, name, content, message):
         ("--aesthetic {here}/bad.json", "aesthetic: the head needs a CLIP model's embedding; give clip as well"),
         ("--clip open_clip:ViT-L-14", "clip: expected open_clip:ARCHITECTURE/WEIGHTS"),
         ("--lpips {here}/alex.pth", "lpips: there is no file {here}/alex.pth"),
-        ("--lpips {here}/bad.json", "lpips: {here}/bad.json has no tensors that can be read"),
+        ("--lpips {here}/bad.json", "lpips: {here}/bad.json has no tensors that can be read; expected a .safetensors"),
+        ("--lpips {here}", "lpips: expected a file, {here} is a folder"),
+        ("--sscd {here}", "sscd: expected a file, {here} is a folder"),
+        ("--sscd {here}/bad.json", "bad.json is no TorchScript model; expected a file such as sscd_disc_mixup"),
+        ("--prompts {here}", "prompts: expected a file, {here} is a folder"),
+        ("--clip {here}", "clip: {here} is no CLIP model of transformers that can be loaded: "),
+        ("--prompts {here}/p.txt --references {here}", "references: {here} has no image of these prompts; expected"),
+        ("--threshold nan", "threshold: expected a similarity in [-1, 1], got nan"),
+        ("--threshold 2", "threshold: expected a similarity in [-1, 1], got 2.0"),
+        ("--policy late-guidance:2", "late-guidance:2: expected a part of the schedule in [0, 1]"),
+        ("--policy zero-pad:nan", "policy zero-pad:r: "),
     ],
 )
 def test_g34_options(tmp_path, capsys, arguments, message):

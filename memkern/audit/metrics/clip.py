@@ -63,8 +63,12 @@ class PromptAlignment:
 def _clip(model: str, device: str) -> tuple[Images, Texts]:
     from transformers import CLIPModel, CLIPProcessor
 
-    clip = CLIPModel.from_pretrained(model).to(device).eval()
-    processor = CLIPProcessor.from_pretrained(model)
+    try:
+        clip = CLIPModel.from_pretrained(model).to(device).eval()
+        processor = CLIPProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"clip: {model} is no CLIP model of transformers that can be loaded: {reason}") from error
 
     def images(batch: Sequence[Image.Image]) -> torch.Tensor:
         given = processor(images=list(batch), return_tensors="pt").to(device)

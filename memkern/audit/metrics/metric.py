@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..files import existing
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -61,16 +63,18 @@ def state_dict(option: str, path: Path) -> dict[str, torch.Tensor]:
     Raises:
         FileNotFoundError, ValueError: no such file, or a file without tensors; the message begins with `option`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{option}: there is no file {path}")
+    existing(option, path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the two readers raise for another kind of file
-        raise ValueError(f"{option}: {path} has no tensors that can be read: {str(error).splitlines()[0]}") from None
+    except Exception:  # whatever the two readers raise for another kind of file; torch's text advises to run it
+        raise ValueError(
+            f"{option}: {path} has no tensors that can be read; expected a .safetensors file, or one of torch.save "
+            "with tensors alone"
+        ) from None
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"{option}: {path}: expected names and tensors, got {type(found).__name__}")
     return found

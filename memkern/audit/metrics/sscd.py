@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..files import existing
 from .metric import Shown, pixels_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,6 +27,7 @@ class CopyDetection:
     def __init__(self, weights: Path, size: int | None, device: str) -> None:
         if size is not None and size not in SIZES:
             raise ValueError(f"sscd_size: expected {' or '.join(map(str, SIZES))}, got {size}")
+        existing("sscd", weights)
         self.describe = _onnx(weights) if weights.suffix == ".onnx" else _torchscript(weights, device)
         self.size = size or size_of(weights)
         self.described: dict[str, Any] = {"sscd": weights.name, "sscd_size": self.size}
@@ -49,12 +51,12 @@ def size_of(weights: Path) -> int:
 
 
 def _torchscript(weights: Path, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    if not weights.is_file():
-        raise FileNotFoundError(f"sscd: there is no file {weights}")
     try:
         model: Any = torch.jit.load(str(weights), map_location=device).eval()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise ValueError(f"sscd: {weights} is no TorchScript model: {str(error).splitlines()[0]}") from None
+    except RuntimeError:
+        raise ValueError(
+            f"sscd: {weights} is no TorchScript model; expected a file such as sscd_disc_mixup.torchscript.pt"
+        ) from None
 
     @torch.no_grad()
     def describe(pixels: torch.Tensor) -> torch.Tensor:
@@ -65,12 +67,13 @@ def _torchscript(weights: Path, device: str) -> Callable[[torch.Tensor], torch.T
 
 
 def _onnx(weights: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    if not weights.is_file():
-        raise FileNotFoundError(f"sscd: there is no file {weights}")
     try:
         import onnxruntime
     except ImportError:
         raise ValueError("sscd: an .onnx file needs onnxruntime: pip install memkern[audit]") from None
-    session = onnxruntime.InferenceSession(str(weights))
+    try:
+        session = onnxruntime.InferenceSession(str(weights))
+    except Exception:  # onnxruntime's own, one for each way in which a file is wrong
+        raise ValueError(f"sscd: {weights} is no ONNX model") from None
     name = session.get_inputs()[0].name
     return lambda pixels: torch.from_numpy(session.run(None, {name: pixels.numpy()})[0])
