@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def existing(option: str, path: Path) -> Path:
-    """The path, if it is a file.
+def check_file(option: str, path: Path) -> None:
+    """Refuse a path that is no file.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is none, or a folder; the message begins with `option`.
@@ -15,4 +15,3 @@ def existing(option: str, path: Path) -> Path:
         raise IsADirectoryError(f"{option}: expected a file, {path} is a folder")
     if not path.is_file():
         raise FileNotFoundError(f"{option}: there is no file {path}")
-    return path

@@ -17,7 +17,7 @@ from .. import patched
 from ..policy import Policy
 from ..presets import PRESETS
 from .additions import random_numbers, random_tokens
-from .files import existing
+from .files import check_file
 from .wen import optimized
 
 UNMITIGATED = "none"
@@ -128,7 +128,7 @@ def _of_policy(policy: Policy) -> Method:
 
 
 def _from_file(path: Path) -> Policy:
-    existing("policies", path)
+    check_file("policies", path)
     try:
         return Policy.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -16,7 +16,7 @@ import torch
 from .. import status
 from ..demo import embedded
 from ..pipelines.support import support
-from .files import existing
+from .files import check_file
 from .protocol import DTYPES, Protocol, device, scheduler_class
 
 EMBEDDED = "embedded"
@@ -50,7 +50,7 @@ class Model:
         if path.suffix.lower() in PICKLED:
             raise ValueError(f"model: {path}: a {path.suffix} file can run code; expected one of {SINGLE}")
         if self.single:
-            existing("model", path)
+            check_file("model", path)
         if self.config is not None and not self.single:
             raise ValueError(f"config: only a single {SINGLE} file needs one; the model is {self.source}")
         if path.is_dir() and not (path / "model_index.json").is_file():
@@ -204,7 +204,7 @@ def _lora(text: str) -> tuple[Path, float]:
             path = Path(text)
         if not math.isfinite(weight):
             raise ValueError(f"lora: expected a finite weight after the colon, got {text!r}")
-    existing("lora", path)
+    check_file("lora", path)
     if path.suffix.lower() != SINGLE:
         raise ValueError(f"lora: expected a {SINGLE} file, got {path}")
     return path, weight

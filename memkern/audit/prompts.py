@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .files import existing
+from .files import check_file
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 REFERENCE_COLUMNS = ("reference", "image", "file_name")
@@ -54,7 +54,7 @@ def read_prompts(path: Path, *, references: str | None = None, limit: int | None
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 prompt, got {limit}")
-    existing("prompts", path)
+    check_file("prompts", path)
     readers = {".txt": _lines, ".csv": _table, ".tsv": _table, ".jsonl": _objects}
     reader = readers.get(path.suffix.lower())
     if reader is None:

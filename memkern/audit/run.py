@@ -10,18 +10,17 @@ import torch
 from tqdm import tqdm
 
 from ..policy import Policy
+from ..presets import DEFAULT_POLICIES
 from .images import Job, is_done, make
 from .listed import listed
 from .manifest import Contents, grown, write_manifest
-from .methods import UNMITIGATED, methods, split
+from .methods import methods, split
 from .metrics import Weights, metrics
 from .models import EMBEDDED, Model, opened, settings_of
 from .processes import place, wait
 from .protocol import protocol as protocol_of
 from .report import write_report
 from .results import COPY, check_threshold, rows, write_csv
-
-DEFAULT_POLICIES = (UNMITIGATED, "swap-pad-zero-eot", "zero-pad:0.7")
 
 
 def run(

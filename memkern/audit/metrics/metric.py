@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import existing
+from ..files import check_file
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ def state_dict(option: str, path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, `.safetensors` or of `torch.save`; nothing in it is run.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or a file without tensors; the message begins with `option`.
+        FileNotFoundError, IsADirectoryError, ValueError: no such file, or a file without tensors; the message begins
+            with `option`.
     """
-    existing(option, path)
+    check_file(option, path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

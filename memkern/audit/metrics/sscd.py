@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..files import existing
+from ..files import check_file
 from .metric import Shown, pixels_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,7 +27,7 @@ class CopyDetection:
     def __init__(self, weights: Path, size: int | None, device: str) -> None:
         if size is not None and size not in SIZES:
             raise ValueError(f"sscd_size: expected {' or '.join(map(str, SIZES))}, got {size}")
-        existing("sscd", weights)
+        check_file("sscd", weights)
         self.describe = _onnx(weights) if weights.suffix == ".onnx" else _torchscript(weights, device)
         self.size = size or size_of(weights)
         self.described: dict[str, Any] = {"sscd": weights.name, "sscd_size": self.size}
