@@ -88,10 +88,11 @@ HEADERS = $(shell $(BIN)/python -c "import sysconfig; from torch.utils.cpp_exten
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy & types=$$!; \
 	printf '%s\n' $(wildcard csrc/*.cpp csrc/*/*.cpp) | xargs -P $(JOBS) -I FILE $(BIN)/clang-tidy --quiet FILE -- \
-	  -std=c++17 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $(HEADERS) 2> /dev/null
+	  -std=c++17 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $(HEADERS) 2> /dev/null; \
+	tidy=$$?; wait $$types && exit $$tidy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

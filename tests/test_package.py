@@ -41,6 +41,20 @@ def test_d15_import_is_silent_without_the_compiled_part_and_triton():
     assert "memkern" not in result.stderr
 
 
+def test_import_leaves_out_what_takes_seconds_until_it_is_used():
+    """Operators, and the commands that need no pipeline, do without diffusers and transformers."""
+    result = python("""
+import sys, memkern
+assert not {"diffusers", "transformers", "triton"} & sys.modules.keys()
+assert set(memkern.__all__) <= set(dir(memkern))
+for name in memkern.__all__:
+    getattr(memkern, name)
+from memkern import *
+assert callable(patch) and callable(support) and callable(probe) and callable(status) and callable(bench)
+""")
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_fallback_is_told_once_and_a_named_backend_raises():
     result = python(
         BLOCKED

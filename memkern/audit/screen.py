@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -209,8 +210,9 @@ def _plot(curves: dict[str, Roc], path: Path) -> None:
         return
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name, roc in curves.items():
-        axes.plot(roc.false, roc.true, label=f"{name}: AUC {roc.auc:.3f}")
+    # Curves may lie on each other: the later ones are dashed.
+    for (name, roc), dashes in zip(curves.items(), itertools.cycle(("-", "--", ":")), strict=False):
+        axes.plot(roc.false, roc.true, dashes, label=f"{name}: AUC {roc.auc:.3f}")
     axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
     axes.set_xlabel("others above the threshold, share")
     axes.set_ylabel("memorized above the threshold, share")

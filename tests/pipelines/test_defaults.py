@@ -13,8 +13,8 @@ import torch
 import memkern
 
 TESTS = Path(__file__).parents[1]
-SUITE = ["test_coalesce.py", "pipelines/test_probe.py", "pipelines/test_equal_rows.py"]
-WHOLE = [*SUITE, "pipelines/test_kv.py"]
+SUITE = ["test_coalesce.py", "pipelines/test_probe.py"]
+WHOLE = [*SUITE, "pipelines/test_equal_rows.py", "pipelines/test_kv.py"]
 POLICIES = ["none", "swap-pad-zero-eot", "zero-pad:0.7", "prompt-eot-from-pad", "ren", "guard:0.5,1"]
 
 

@@ -63,7 +63,7 @@ def test_a_batch_with_negatives_and_several_images(pipe, policy):
 @torch.no_grad()
 @pytest.mark.parametrize("policy", PRESETS)
 def test_published_prompts(pipe, policy):
-    prompts = published_prompts(300)
+    prompts = published_prompts(100)
     if not prompts:
         prompts = PROMPTS * 4
     with memkern.patched(pipe, policy):
