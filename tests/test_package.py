@@ -101,15 +101,19 @@ def tree(tmp_path):
 
 def install(tree, mode, path=None):
     """pip-install the copy into a folder of its own; the process, and that folder."""
-    target = tree.parent / "installed"
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-v"]
+    command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-v", "--target"]
+    return build(tree, mode, path, [*command, str(tree.parent / "made"), str(tree)])
+
+
+def build(tree, mode, path=None, command=("setup.py", "-q", "build", "--build-lib", "../made")):
+    """Build the copy by `setup.py`, as pip does, which starts it three times; the process, and the package's folder."""
     environment = {"TORCH_CUDA_ARCH_LIST": "8.0"} | os.environ | {"MEMKERN_BUILD": mode}
     environment |= {"PATH": path} if path else {}
     environment.pop("CXX", None)
     done = subprocess.run(
-        [*command, "--target", str(target), str(tree)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, *command], cwd=tree, capture_output=True, text=True, env=environment, check=False
     )
-    return done, target / "memkern"
+    return done, tree.parent / "made/memkern"
 
 
 @pytest.mark.parametrize(
@@ -140,13 +144,13 @@ def test_auto_survives_a_failing_build(tree, no_nvcc):
 
 
 def test_an_unknown_mode_fails_loudly(tree):
-    done, _ = install(tree, "gpu")
+    done, _ = build(tree, "gpu")
     assert done.returncode != 0
     assert "MEMKERN_BUILD: expected one of auto, cpp, cuda, none, got 'gpu'" in done.stdout + done.stderr
 
 
 def test_cpp_fails_loudly_without_a_compiler(tree, tmp_path):
-    done, _ = install(tree, "cpp", path=str(tmp_path))
+    done, _ = build(tree, "cpp", path=str(tmp_path))
     assert done.returncode != 0
     assert "MEMKERN_BUILD=cpp: no C++ compiler on PATH" in done.stdout + done.stderr
 
@@ -197,7 +201,7 @@ def test_an_nvcc_of_another_major_builds_for_what_it_can(tree, no_nvcc, monkeypa
         monkeypatch.delenv("MAX_JOBS", raising=False)
     else:
         monkeypatch.setenv("MAX_JOBS", jobs)
-    done, package = install(tree, "cuda", path=no_nvcc)
+    done, package = build(tree, "cuda", path=no_nvcc)
     assert done.returncode == 0, done.stdout + done.stderr
     built = json.loads((package / "build.json").read_text())
     assert built["cuda"] == {"nvcc": "12.8", "architectures": ["sm_80", "sm_90", "compute_90"]}
@@ -207,7 +211,7 @@ def test_an_nvcc_of_another_major_builds_for_what_it_can(tree, no_nvcc, monkeypa
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 def test_cuda_fails_loudly_without_nvcc(tree, no_nvcc):
-    done, _ = install(tree, "cuda", path=no_nvcc)
+    done, _ = build(tree, "cuda", path=no_nvcc)
     assert done.returncode != 0
     assert "MEMKERN_BUILD=cuda: no nvcc: set CUDA_HOME, or put it on PATH" in done.stdout + done.stderr
 
@@ -221,7 +225,7 @@ def test_cuda_fails_loudly_without_nvcc(tree, no_nvcc):
 def test_auto_goes_on_without_the_cuda_library(tree, no_nvcc, request, nvcc, reason):
     if nvcc:
         request.getfixturevalue("fake_nvcc")
-    done, package = install(tree, "auto", path=no_nvcc)
+    done, package = build(tree, "auto", path=no_nvcc)
     assert done.returncode == 0, done.stdout
     built = json.loads((package / "build.json").read_text())
     assert built["cpp"], built["reason"]
@@ -233,7 +237,7 @@ def test_auto_goes_on_without_the_cuda_library(tree, no_nvcc, request, nvcc, rea
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 def test_a_bad_list_of_architectures_is_named(tree, fake_nvcc, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
-    done, _ = install(tree, "cuda", path=fake_nvcc)
+    done, _ = build(tree, "cuda", path=fake_nvcc)
     assert done.returncode != 0
     assert (
         "TORCH_CUDA_ARCH_LIST: expected capabilities such as 8.0;9.0+PTX, got '8.0;Hopper'" in done.stdout + done.stderr

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed: nothing to compil
 from memkern.ops.triton.ahead import Usage, review, target_of
 from memkern.ops.triton.configs import Card
 from memkern.ops.triton.layers import absorbed_launches, biased_launch
-from memkern.ops.triton.listing import products, register_loads, waiting_loads, wanted_products
+from memkern.ops.triton.listing import may_wait, products, register_loads, waiting_loads, wanted_products
 
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { %r1 };"
 WGMMA = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r408};"
@@ -54,6 +54,37 @@ def test_a_body_that_lies_behind_what_follows_it_is_no_loop():
     body = ["@P0 BRA 0x30", "STG.E [R2], R4", "EXIT", *LOADS, PRODUCT, "BRA 0x10"]
     assert waiting_loads(listing(*body)) == 0
     assert waiting_loads(listing(*body[:-1], "BRA 0x0")) == 2
+
+
+LOOP = """
+$L__BB0_1:
+	FIRST
+	@%p1 bra $L__BB0_3;
+	mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { %r1 };
+	@!%p2 ld.global.v4.b32 { %r1, %r2 }, [ %rd1 + 0 ];
+	bra.uni $L__BB0_2;
+$L__BB0_3:
+	ret;
+$L__BB0_2:
+	LAST
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "waits"),
+    [
+        ("mov.b32 %r1, 0;", "bra.uni $L__BB0_1;", True),
+        ("mov.b32 %r1, 0;", "bra.uni $L__BB0_3;", False),
+        ("mov.b32 %r1, 0;", "ret;", False),
+        ("@%p3 bra $L__BB0_3;", "@%p4 bra $L__BB0_1;", True),
+    ],
+    ids=["loop", "forward", "end", "two ways out"],
+)
+def test_loads_in_loops_of_ptx(first, last, waits):
+    ptx = LOOP.replace("FIRST", first).replace("LAST", last)
+    assert may_wait(ptx) == waits
+    assert not may_wait(ptx.replace("ld.global", "cp.async.cg.shared.global"))
+    assert not may_wait(ptx.replace("mma.sync.aligned.m16n8k16", "add"))
 
 
 PIPELINED = """

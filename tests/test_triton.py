@@ -77,9 +77,14 @@ def test_an_architecture_of_amds_that_is_like_none_of_the_table_is_refused():
 @pytest.mark.parametrize("family", list(table()))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_table_serves_every_layer(family, dtype):
+    """Except one on RDNA: float32 queries of 160 channels do not fit into its registers."""
     for layer in LAYERS:
-        launches = attention_launches(layer, 77, dtype, Card.typical(family))
-        assert all(math.prod(launch.grid) > 0 for launch in launches)
+        if family.startswith("gfx1") and dtype == torch.float32 and layer.head_dim == 160:
+            with pytest.raises(NotImplementedError, match="biased_attention: no configuration for torch.float32"):
+                attention_launches(layer, 77, dtype, Card.typical(family))
+        else:
+            launches = attention_launches(layer, 77, dtype, Card.typical(family))
+            assert all(math.prod(launch.grid) > 0 for launch in launches)
 
 
 def test_a_table_of_ones_own_comes_first(tmp_path):
@@ -153,9 +158,8 @@ def interpreted(kernel, **tile):
 @pytest.mark.parametrize(
     "shape", [(2, 17, 40, 2, 77), (2, 7, 33, 4, 16), (1, 9, 24, 2, 231), (2, 5, 48, 2, 9)], ids=str
 )
-def test_absorbed_attention_with_heads_taken_together(dtype, several, shape, per_head, monkeypatch):
+def test_absorbed_attention_with_heads_taken_together(dtype, several, shape, per_head):
     """Rows of one batch take the narrow and the wide body: the first has a third of the keys."""
-    monkeypatch.setattr("memkern.ops.triton.absorbing.MOST_LOGITS", 1 << 30)
     arguments = sample(*shape, dtype, per_head)
     card = interpreted("absorbed_probabilities", BLOCK_M=16, BLOCK_C=32, HEADS=several)
     out = torch.full_like(arguments[0], float("nan"))

@@ -75,7 +75,7 @@ def loaded():
 def wen_by_hand(pipe, text, seed, target, steps):
     """The published loop: AdamW on the embedding, SOT's gradient zeroed, the generation's own latents.
 
-    Returns the embedding, the negative prompt's, and the magnitude at each step of the loop.
+    Returns the embedding and the negative prompt's, [1, 77, C], and the magnitude at each step of the loop.
     """
     with torch.no_grad():
         cond, uncond = pipe.encode_prompt(text, "cpu", 1, True)[:2]
@@ -103,7 +103,7 @@ def wen_by_hand(pipe, text, seed, target, steps):
 
 @torch.no_grad()
 def by_hand(pipe, name, text, seed, options):
-    """The context and the image of the published procedure."""
+    """The context [2, 77, C], the negative prompt's first, and the image of the published procedure."""
     kind, _, numbers = name.partition(":")
     if kind == "wen":
         with torch.enable_grad():
@@ -124,7 +124,7 @@ def by_hand(pipe, name, text, seed, options):
 
 
 def here(pipe, name, text, seed, options):
-    """The context and the image of the method, and the text that it generated from."""
+    """The context [2, 77, C] and the image of the method, and the text that it generated from."""
     found = method(name)
     with found.installed(pipe), recorded(pipe) as contexts:
         (image,), (record,) = generate(pipe, [Job(found, Prompt("0", text), seed)], options, "cpu")

@@ -50,9 +50,7 @@ def everywhere(test):
 
 @everywhere
 def test_many_requests_on_one_pipeline(kinds, name, run, way, stage):
-    assert_served(
-        kinds[name], RUNS[run], way, draw(8, stage, f"{name} {run} {way} {stage}", prompts=PROMPTS[:2], seeds=(0,))
-    )
+    assert_served(kinds[name], RUNS[run], way, draw(8, stage, f"{name} {stage}", prompts=PROMPTS[:2], seeds=(0,)))
 
 
 @pytest.mark.slow

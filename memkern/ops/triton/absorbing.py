@@ -9,10 +9,6 @@ import torch
 from . import works
 from .configs import Card, Config
 from .cost import Work
-from .sizes import STEP, up
-
-MOST_LOGITS = 80
-"""The most logits of several heads that a thread holds in registers."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -24,12 +20,14 @@ def tiles(
         "absorbed_probabilities",
         width,
         dtype,
+        keys,
         lambda config: _probabilities(config, batch, queries, width, heads, keys, dtype),
     )
     second = card.fastest(
         "absorbed_values",
         width,
         dtype,
+        keys,
         lambda config: works.values(
             batch, queries, width, heads, keys, dtype.itemsize,
             *(config.constants[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")),
@@ -41,9 +39,8 @@ def tiles(
 def _probabilities(
     config: Config, batch: int, queries: int, width: int, heads: int, keys: int, dtype: torch.dtype
 ) -> Work | None:
-    """The work of a configuration; None where it takes too many heads at a time."""
+    """The work of a configuration; None where it takes more heads at a time than divide all of them."""
     block_m, block_c, several = (config.constants[name] for name in ("BLOCK_M", "BLOCK_C", "HEADS"))
-    logits = block_m * several * up(keys, STEP) // (32 * config.options["num_warps"])
-    if heads % several or (several > 1 and logits > MOST_LOGITS):
+    if heads % several:
         return None
     return works.probabilities(batch, queries, width, heads, keys, dtype.itemsize, block_m, block_c, several)

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from .configs import Card
 from .launch import Launch
-from .listing import products, register_loads, waiting_loads, wanted_products
+from .listing import may_wait, products, register_loads, waiting_loads, wanted_products
 from .sizes import up
 
 SHARED_LIMITS = {
@@ -98,9 +98,10 @@ def review(launch: Launch, card: Card) -> Review:
     Products are those of `mma` and `wgmma`; those of compute capability 10.0, `tcgen05`, are not counted.
     """
     compiled = _compiled(launch, card.family)
-    report = _dumped(compiled, "-res-usage", "-sass")
-    usage, warps = _taken(report, compiled), compiled.metadata.num_warps
-    waiting = max(register_loads(compiled.asm["ttgir"]), waiting_loads(report))
+    usage, warps = _usage(compiled, card.family), compiled.metadata.num_warps
+    waiting = register_loads(compiled.asm["ttgir"])
+    if may_wait(compiled.asm["ptx"]):
+        waiting = max(waiting, waiting_loads(_dumped(compiled, "-sass")))
     wanted, blocks = wanted_products(compiled.asm["ttir"]), usage.blocks(card.family, warps)
     work = launch.work
     return Review(

@@ -22,7 +22,7 @@ from .cost import FAMILIES, Rates, Work
 Entry = dict[str, Any]
 
 _OPTIONS = ("num_warps", "num_stages")
-_CONDITIONS = ("bits", "width")
+_CONDITIONS = ("bits", "width", "keys", "whole")
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,19 @@ class Card:
         """The first of `configs`."""
         return self.configs(kernel, width, dtype)[0]
 
-    def configs(self, kernel: str, width: int, dtype: torch.dtype) -> list[Config]:
-        """The first entry of this element size whose width is not exceeded, and all others for that width.
+    def configs(self, kernel: str, width: int, dtype: torch.dtype, keys: int = 0) -> list[Config]:
+        """The first entry of this element size whose width and keys are not exceeded, and all others for that width.
 
         Raises:
             NotImplementedError: there is none.
         """
         found: list[Entry] = []
         for entry in self.entries.get(kernel, ()):
-            if _fits(entry, width, dtype) and (not found or entry["width"] == found[0]["width"]):
+            if _fits(entry, width, dtype, keys) and (not found or entry["width"] == found[0]["width"]):
                 found.append(entry)
         if not found:
-            raise NotImplementedError(f"{kernel}: no configuration for {dtype} and a width of {width}")
+            of_keys = f" and {keys} keys" if keys else ""
+            raise NotImplementedError(f"{kernel}: no configuration for {dtype} and a width of {width}{of_keys}")
         return [
             Config(
                 {name: entry[name] for name in entry if name not in (*_OPTIONS, *_CONDITIONS)},
@@ -101,22 +102,28 @@ class Card:
         ]
 
     def fastest(
-        self, kernel: str, width: int, dtype: torch.dtype, work: Callable[[Config], Work | None]
+        self, kernel: str, width: int, dtype: torch.dtype, keys: int, work: Callable[[Config], Work | None]
     ) -> tuple[Config, Work]:
         """The configuration with the least estimated time for its work, of those that can run.
 
         Raises:
             NotImplementedError: none can run.
         """
-        made = ((config, work(config)) for config in self.configs(kernel, width, dtype))
+        made = ((config, work(config)) for config in self.configs(kernel, width, dtype, keys))
         found = [(config, one) for config, one in made if one is not None]
         if not found:
             raise NotImplementedError(f"{kernel}: no configuration can run for {dtype} and a width of {width}")
         return min(found, key=lambda pair: pair[1].seconds(self.processors, self.rates))
 
 
-def _fits(entry: Entry, width: int, dtype: torch.dtype) -> bool:
-    return entry["bits"] == 8 * dtype.itemsize and (entry["width"] is None or width <= entry["width"])
+def _fits(entry: Entry, width: int, dtype: torch.dtype, keys: int = 0) -> bool:
+    """True under an entry's conditions: bits of an element, most width, most keys, and whole tiles of channels."""
+    return (
+        entry["bits"] == 8 * dtype.itemsize
+        and (entry["width"] is None or width <= entry["width"])
+        and keys <= entry.get("keys", keys)
+        and not (entry.get("whole") and width % entry["BLOCK_C"])
+    )
 
 
 def family_of(name: str) -> str:

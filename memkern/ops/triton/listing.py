@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import networkx
@@ -63,50 +63,72 @@ def register_loads(ttgir: str) -> int:
     return most
 
 
-class _Instruction(NamedTuple):
-    address: int
-    always: bool
-    name: str
-    operands: str
-
-
 def waiting_loads(sass: str) -> int:
     """Loads from device memory into registers (LDG) in a loop of the machine code that has tensor-core products."""
-    code = list(_instructions(sass))
+    return _loads_with_products(*_machine_code(sass))
+
+
+def may_wait(ptx: str) -> bool:
+    """True if a loop with products has a load into registers in PTX; without one the machine code has none."""
+    return _loads_with_products(*_assembly(ptx)) > 0
+
+
+_LOAD = ("LDG.", "ld.global")
+_PRODUCT = ("HMMA", "HGMMA", "UTCHMMA", "mma.", "wgmma.mma", "tcgen05.mma")
+
+
+class _Instruction(NamedTuple):
+    name: str
+    goes_on: bool  # what stands after it may come next
+    target: str | None  # the place that it may jump to
+
+
+def _machine_code(sass: str) -> tuple[list[_Instruction], dict[str, int]]:
+    """The instructions, and address → index."""
+    code, places = list[_Instruction](), dict[str, int]()
+    for address, predicate, name, operands in _INSTRUCTION.findall(sass):
+        kind = name.split(".")[0]
+        conditional = bool(predicate) or re.search(r"\bU?P\d", operands) is not None
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if kind == "BRA" else None
+        goes_on = kind not in ("BRA", "EXIT", "RET") or conditional
+        places[f"{int(address, 16):x}"] = len(code)
+        code.append(_Instruction(name, goes_on, f"{int(target[1], 16):x}" if target else None))
+    return code, places
+
+
+def _assembly(ptx: str) -> tuple[list[_Instruction], dict[str, int]]:
+    """The instructions, and label → index."""
+    code, places = list[_Instruction](), dict[str, int]()
+    for line in map(str.strip, ptx.splitlines()):
+        if label := re.match(r"(\$\w+):", line):
+            places[label[1]] = len(code)
+        elif found := re.match(r"(@!?%\w+\s+)?([a-z][\w.:]*)\s*([^;]*);", line):
+            predicate, name, operands = found.groups()
+            kind = name.split(".")[0]
+            goes_on = kind not in ("bra", "ret", "exit") or bool(predicate)
+            code.append(_Instruction(name, goes_on, operands.strip() if kind == "bra" else None))
+    return code, places
+
+
+def _loads_with_products(code: list[_Instruction], places: dict[str, int]) -> int:
+    """The most loads of a loop that has products."""
     most = 0
-    for body in _loops(code):
+    for body in _loops(code, places):
         names = [code[index].name for index in body]
-        if any(name.startswith(("HMMA", "HGMMA", "UTCHMMA")) for name in names):
-            most = max(most, sum(name.split(".")[0] == "LDG" for name in names))
+        if any(name.startswith(_PRODUCT) for name in names):
+            most = max(most, sum(name.startswith(_LOAD) for name in names))
     return most
 
 
-def _instructions(sass: str) -> Iterator[_Instruction]:
-    for address, predicate, name, operands in _INSTRUCTION.findall(sass):
-        yield _Instruction(int(address, 16), not predicate, name, operands)
-
-
-def _loops(code: list[_Instruction]) -> Iterator[list[int]]:
+def _loops(code: list[_Instruction], places: dict[str, int]) -> Iterator[Iterable[int]]:
     """Indices of the instructions of each loop: those that can be reached from each other.
 
     A jump back alone is no loop: the body of a branch may be placed after the code that follows the branch.
     """
-    graph = networkx.DiGraph(_following(code))
-    return (sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1)
-
-
-def _following(code: list[_Instruction]) -> dict[int, list[int]]:
-    """Index of each instruction → indices of the instructions that may come next."""
-    index_of = {instruction.address: index for index, instruction in enumerate(code)}
-    following = {}
+    graph = networkx.DiGraph()
     for index, instruction in enumerate(code):
-        kind = instruction.name.split(".")[0]
-        target = re.search(r"0x([0-9a-f]+)\s*$", instruction.operands.strip())
-        next_ones = []
-        conditional = not instruction.always or re.search(r"\bU?P\d", instruction.operands) is not None
-        if (kind not in ("BRA", "EXIT", "RET") or conditional) and index + 1 < len(code):
-            next_ones.append(index + 1)
-        if kind == "BRA" and target is not None and int(target[1], 16) in index_of:
-            next_ones.append(index_of[int(target[1], 16)])
-        following[index] = next_ones
-    return following
+        if instruction.goes_on and index + 1 < len(code):
+            graph.add_edge(index, index + 1)
+        if instruction.target in places:
+            graph.add_edge(index, places[instruction.target])
+    return (part for part in networkx.strongly_connected_components(graph) if len(part) > 1)
