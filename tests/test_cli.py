@@ -115,10 +115,11 @@ def test_names_that_are_like_no_other_are_not_guessed(capsys):
     assert "did you mean" not in error
 
 
-def test_demo_of_the_embedded_model(tmp_path, capsys):
+def test_demo_of_the_embedded_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(demo.measure.__globals__, "STEPS", 4)
     numbers = tmp_path / "numbers.json"
-    arguments = ["--policy", "swap-pad-zero-eot", "--seeds", "3", "--json", str(numbers), "--out", str(tmp_path)]
-    assert main(["demo", *arguments]) == 0
+    arguments = ["--policy", "swap-pad-zero-eot", "--seeds", "3"]
+    assert main(["demo", *arguments, "--json", str(numbers), "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     for name in ("memorized.png", "ordinary.png", "roles.md"):
         assert str(tmp_path / name) in shown
@@ -167,6 +168,13 @@ def test_demo_refuses_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(["demo", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--steps", "--guidance"])
+def test_demo_refuses_settings_that_its_captions_have_of_their_own(option, tmp_path, capsys):
+    assert main(["demo", option, "4", "--out", str(tmp_path / "out")]) == 1
+    assert f"{option}: only with --prompt, --model or --lora" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_has_numbers_of_the_embedded_model_only(tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_g35_policies_take_turns(monkeypatch):
         return original(pipe, captions, seeds, **options)
 
     monkeypatch.setitem(demo.measure.__globals__, "generate", generate)
-    given = (demo.memorized()[:2], demo.scenes()[:2], (0, 1))
+    given = (demo.memorized()[:1], demo.scenes()[:1], (0, 1))
     both = demo.measure(pipe, ["none", "zero-pad:1"], *given)
     assert turns == [(patched, seed) for seed in (0, 1) for patched in (False, True) for _ in range(2)]
     for one, name in zip(both, ("none", "zero-pad:1"), strict=True):

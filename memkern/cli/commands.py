@@ -144,6 +144,10 @@ def _demo(options: argparse.Namespace) -> int:
 def _exhibit(options: argparse.Namespace) -> int:
     from .. import demo
 
+    for name in _settings(options):
+        raise ValueError(
+            f"--{name}: only with --prompt, --model or --lora; the embedded model's captions have their own"
+        )
     pipe, policies = demo.load(), _policies(options)
     results = demo.exhibit(pipe, policies, options.out, seeds=options.seeds)
     roles = _write_roles(demo.roles_table(pipe, [caption for caption, _ in demo.memorized()], policies), options)
@@ -166,12 +170,15 @@ def _demonstrate(options: argparse.Namespace) -> int:
     if options.json is not None:
         raise ValueError("--json: only the captions of the embedded model have numbers")
     pipe, policies, prompts = _load(options), _policies(options), options.prompt or demo.PROMPTS
-    grid = demo.demonstrate(
-        pipe, prompts, policies, options.out, seeds=options.seeds, steps=options.steps, guidance=options.guidance
-    )
+    grid = demo.demonstrate(pipe, prompts, policies, options.out, seeds=options.seeds, **_settings(options))
     table = demo.roles_table(pipe, prompts, policies)
     print(f"{table}\nimages:          {grid}\nroles and edits: {_write_roles(table, options)}")
     return 0
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Steps and guidance of `memkern demo`, as far as they were given."""
+    return {name: getattr(options, name) for name in ("steps", "guidance") if getattr(options, name) is not None}
 
 
 def _policies(options: argparse.Namespace) -> list[Policy]:

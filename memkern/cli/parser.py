@@ -34,8 +34,8 @@ def _demo(commands: Any) -> None:
     demo.add_argument("--prompt", action="append", help="may be repeated; default: the captions of the embedded model")
     of_policies(demo)
     demo.add_argument("--seeds", type=seeds, default="0,1", help="(default: %(default)s)")
-    demo.add_argument("--steps", type=int, default=20, help="with --prompt or --model (default: %(default)s)")
-    demo.add_argument("--guidance", type=float, default=7.5, help="with --prompt or --model (default: %(default)s)")
+    demo.add_argument("--steps", type=int, help="only with --prompt, --model or --lora (default: 20)")
+    demo.add_argument("--guidance", type=float, help="only with --prompt, --model or --lora (default: 7.5)")
     demo.add_argument("--json", type=Path, help="write the numbers of the embedded model to this file")
     demo.add_argument("--out", type=Path, default=Path("memkern-demo"), help="folder (default: %(default)s)")
 

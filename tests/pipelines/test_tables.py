@@ -164,8 +164,8 @@ def test_a_later_process_makes_the_same_choices_and_the_same_image(tmp_path):
     assert not any("from the table, " in line for line in layers)
     # The table decides, whatever timing would find now.
     kept = json.loads(path.read_text())
-    for chosen in ("former", "absorbed"):
-        for entry in kept["times"].values():
-            entry["ms"] = {name: 1.0 if name == chosen else 9.0 for name in timings.PATHS}
-        path.write_text(json.dumps(kept))
-        assert {line.split()[0] for line in image(tmp_path)[1]} == {chosen}
+    other = "former" if any(line.split()[0] != "former" for line in read) else "absorbed"
+    for entry in kept["times"].values():
+        entry["ms"] = {name: 1.0 if name == other else 9.0 for name in timings.PATHS}
+    path.write_text(json.dumps(kept))
+    assert {line.split()[0] for line in image(tmp_path)[1]} == {other}
