@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -63,13 +64,12 @@ def test_the_table_holds_candidates_alone(family):
 
 
 @pytest.mark.parametrize("family", table())
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [320, 640, 1280, 24])
-def test_every_number_of_keys_that_is_absorbed_has_a_tile(family, dtype, width):
-    card = Card.typical(family)
-    for keys in range(1, tune.MOST_KEYS + 1):
-        for kernel in ("absorbed_probabilities", "absorbed_values"):
-            assert any(config.constants.get("HEADS", 1) == 1 for config in card.configs(kernel, width, dtype, keys))
+def test_every_number_of_keys_that_is_absorbed_has_a_tile(family):
+    """One that takes a head at a time, so that it serves any number of heads."""
+    card, kernels = Card.typical(family), ("absorbed_probabilities", "absorbed_values")
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for kernel, dtype, width, keys in product(kernels, dtypes, (320, 640, 1280, 24), range(1, tune.MOST_KEYS + 1)):
+        assert any(config.constants.get("HEADS", 1) == 1 for config in card.configs(kernel, width, dtype, keys))
 
 
 def entry(**others):
