@@ -95,7 +95,7 @@ def test_a_killed_process_leaves_whole_images_only(unbroken, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD,
     )  # fmt: skip
     while process.poll() is None and len(list(tmp_path.rglob("*.png"))) < 2:
-        pass
+        time.sleep(0.02)
     process.kill()
     process.wait()
     left = [path for path in (tmp_path / "images").rglob("*.png") if not path.name.startswith(".")]

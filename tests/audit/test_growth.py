@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from test_audit import ONE_THREAD
@@ -67,7 +68,7 @@ def test_killed_resumed_and_grown(at_once, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD,
     )  # fmt: skip
     while process.poll() is None and len(list(tmp_path.rglob("*_*.png"))) < 2:
-        pass
+        time.sleep(0.02)
     process.kill()
     process.wait()
     assert not (tmp_path / "results.csv").exists()
