@@ -81,7 +81,7 @@ class Card:
         return self.configs(kernel, width, dtype)[0]
 
     def configs(self, kernel: str, width: int, dtype: torch.dtype, keys: int = 0) -> list[Config]:
-        """The first entry of this element size whose width and keys are not exceeded, and all others for that width.
+        """The first entry whose conditions hold for `dtype`, `width` and `keys`, and all such entries of its width.
 
         Raises:
             NotImplementedError: there is none.
